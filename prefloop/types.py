@@ -1,0 +1,204 @@
+"""The nouns of the project. Everything else is a function between them.
+
+Shape letters, used in every annotation of the package:
+
+    B  comparisons in a batch     N  responses of a comparison, padded      P  pairs
+    T  response tokens, padded    K  annotator types                        V  vocabulary
+    D  hidden or feature size     M  any flat list of tokens                R  rows of a forward pass
+
+Log-probabilities are natural logs (nats). Masks are True where something exists.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+PerPair: TypeAlias = Float[Tensor, " P"]
+PerComparison: TypeAlias = Float[Tensor, " B"]
+PerResponse: TypeAlias = Float[Tensor, "B N"]
+
+
+class UserError(ValueError):
+    """A mistake of the user's: said in one line, with the place, what is allowed, what to do."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt, its responses, and what somebody thought of them.
+
+    Attributes:
+        prompt: plain text, or a tuple of chat messages ({"role", "content"}).
+        responses: the texts, N >= 2 of them (N >= 1 where `label` judges single responses).
+        rank: one integer a response, 1 = best; equal = not ordered against each other; None in a
+            place = that response was not judged. None as a whole = nobody ranked them.
+        scores: a number a response (a reward, higher is better), or None.
+        label: good (True) or bad (False) for each response, for unpaired objectives, or None.
+        annotator: who judged, or None.
+        weight: how much it counts in a loss, >= 0.
+        id: unique in its file; made from the place when the file has none.
+        place: "file:line", for messages.
+        extra: other columns of the row, carried from stage to stage untouched.
+    """
+
+    prompt: str | tuple[Mapping[str, str], ...]
+    responses: tuple[str, ...]
+    rank: tuple[int | None, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    label: tuple[bool, ...] | None = None
+    annotator: str | None = None
+    weight: float = 1.0
+    id: str = ""
+    place: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A `Comparison` in tokens; the boundary between prompt and response is fixed here.
+
+    Attributes:
+        prompt: token ids of the rendered prompt, BOS included where the model wants one.
+        responses: token ids of each response, the end-of-turn token included.
+        rank: as in `Comparison`, 0 where not judged.
+        scores, label, annotator, weight, id, place: as in `Comparison`.
+    """
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    rank: tuple[int, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    label: tuple[bool, ...] | None = None
+    annotator: str | None = None
+    weight: float = 1.0
+    id: str = ""
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Logps:
+    """Log-probabilities of response tokens, with their mask.
+
+    The leading shape is (B, N) where a model scored comparisons, (P,) on one side of a `Pair`.
+
+    Attributes:
+        token: log p(y_t | x, y_<t), in nats; exactly 0 outside `mask`.
+        mask: which positions belong to the response; a response that does not exist is all False.
+        collision: log sum_v p(v | x, y_<t)^2 a token, for objectives that need it (WPO), or None.
+    """
+
+    token: Float[Tensor, "*shape T"]
+    mask: Bool[Tensor, "*shape T"]
+    collision: Float[Tensor, "*shape T"] | None = None
+
+    @property
+    def sum(self) -> Float[Tensor, "*shape"]:
+        """log p(y | x), in nats."""
+        return self.token.sum(-1)
+
+    @property
+    def mean(self) -> Float[Tensor, "*shape"]:
+        """log p(y | x) / |y|, in nats per token; 0 for a response that does not exist."""
+        return self.token.sum(-1) / self.length.clamp(min=1)
+
+    @property
+    def length(self) -> Int[Tensor, "*shape"]:
+        """Number of response tokens."""
+        return self.mask.sum(-1)
+
+    @property
+    def exists(self) -> Bool[Tensor, "*shape"]:
+        """Which responses exist: a ragged N is padded with responses of no token."""
+        return self.mask.any(-1)
+
+    def at(self, *index: Tensor) -> "Logps":
+        """The `Logps` of the responses at `index` (one index tensor a leading axis)."""
+        picked = None if self.collision is None else self.collision[index]
+        return Logps(self.token[index], self.mask[index], picked)
+
+    def detach(self) -> "Logps":
+        """The same numbers without a gradient."""
+        collision = None if self.collision is None else self.collision.detach()
+        return Logps(self.token.detach(), self.mask, collision)
+
+
+class Pair(NamedTuple):
+    """Chosen (y_w) and rejected (y_l) responses to the same prompts, each over (P, T)."""
+
+    chosen: Logps
+    rejected: Logps
+
+
+class Rewards(NamedTuple):
+    """Reward of the chosen and of the rejected response of each pair."""
+
+    chosen: PerPair
+    rejected: PerPair
+
+    @property
+    def margin(self) -> PerPair:
+        """chosen - rejected."""
+        return self.chosen - self.rejected
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What somebody thought of a batch of comparisons, as tensors.
+
+    Attributes:
+        rank: 1 = best, equal = not ordered against each other, 0 = not judged or does not exist.
+        scores: a number a response, NaN where there is none.
+        label: 1 good, 0 bad, -1 not labelled.
+        weight: how much each comparison counts.
+    """
+
+    rank: Int[Tensor, "B N"]
+    scores: Float[Tensor, "B N"]
+    label: Int[Tensor, "B N"]
+    weight: Float[Tensor, " B"]
+
+
+def judgement(batch: Sequence[Tokenized], device: torch.device | str = "cpu") -> Judgement:
+    """The judgements of a batch, padded to its largest number of responses."""
+    width = max(len(row.responses) for row in batch)
+
+    def padded(values: Sequence[Any] | None, fill: float) -> list[Any]:
+        values = [] if values is None else list(values)
+        return values + [fill] * (width - len(values))
+
+    return Judgement(
+        rank=torch.tensor([padded(row.rank, 0) for row in batch], device=device),
+        scores=torch.tensor(
+            [padded(row.scores, float("nan")) for row in batch],
+            dtype=torch.float32,
+            device=device,
+        ),
+        label=torch.tensor(
+            [padded(None if row.label is None else map(int, row.label), -1) for row in batch],
+            device=device,
+        ),
+        weight=torch.tensor([row.weight for row in batch], dtype=torch.float32, device=device),
+    )
+
+
+def ordered_pairs(
+    rank: Int[Tensor, "B N"],
+) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Int[Tensor, " P"]]:
+    """Every strictly ordered pair: (comparison, better response, worse response), in row order."""
+    judged = rank > 0
+    better = (rank.unsqueeze(-1) < rank.unsqueeze(-2)) & judged.unsqueeze(-1) & judged.unsqueeze(-2)
+    row, chosen, rejected = better.nonzero(as_tuple=True)
+    return row, chosen, rejected
+
+
+def score(scorer: nn.Module, batch: Sequence[Tokenized]) -> Logps:
+    """What `scorer` says of `batch`.
+
+    A scorer is a module whose forward takes a batch of `Tokenized` and returns plain tensors
+    (token, mask) or (token, mask, collision): plain, since wrappers for data-parallel and sharded
+    training look for tensors in what a module returns.
+    """
+    return Logps(*scorer(batch))

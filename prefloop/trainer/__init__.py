@@ -1,0 +1,19 @@
+"""The one training loop, its plan, its checkpoints and its run on disk."""
+
+from prefloop.trainer.build import build_trainer
+from prefloop.trainer.loop import Gradient, NonFiniteError, Passes, Trainer, backward
+from prefloop.trainer.run import Interrupted, Progress, fit
+from prefloop.trainer.settings import TrainSettings
+
+__all__ = [
+    "Gradient",
+    "Interrupted",
+    "NonFiniteError",
+    "Passes",
+    "Progress",
+    "TrainSettings",
+    "Trainer",
+    "backward",
+    "build_trainer",
+    "fit",
+]

@@ -1,0 +1,59 @@
+"""A `Trainer` from a scorer: optimizer and devices, prepared by Accelerate."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from prefloop.objectives import Objective
+from prefloop.trainer.loop import Gradient, Reference, Trainer, backward
+from prefloop.trainer.settings import TrainSettings
+from prefloop.types import UserError
+
+
+def build_trainer(
+    scorer: nn.Module,
+    objective: Objective,
+    reference: Reference | None,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    gradient: Gradient = backward,
+) -> Trainer:
+    """AdamW over the trainable parameters of `scorer`, both prepared for `accelerator`."""
+    trainable = [value for value in scorer.parameters() if value.requires_grad]
+    if not trainable:
+        raise UserError("the policy has no trainable parameter; is its adapter frozen?")
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    # Together: sharding replaces the parameters, and the optimizer must follow.
+    scorer, optimizer = accelerator.prepare(scorer, optimizer)
+    return Trainer(
+        scorer=scorer,
+        optimizer=optimizer,
+        objective=objective,
+        reference=reference,
+        settings=settings,
+        accelerator=accelerator,
+        gradient=gradient,
+    )
+
+
+def accelerator_for(trackers: tuple[str, ...], folder: Path, precision: str) -> Accelerator:
+    """Devices, processes and trackers of a run.
+
+    Args:
+        trackers: any of "tensorboard", "wandb", "trackio"; metrics.jsonl is always written.
+        folder: where trackers that write files put them.
+        precision: "no", "bf16" or "fp16" autocast.
+    """
+    try:
+        return Accelerator(
+            mixed_precision=precision, log_with=list(trackers) or None, project_dir=folder
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--trackers or --precision cannot be used here: {error}") from error

@@ -1,0 +1,235 @@
+"""The one training loop, for every objective and every scorer.
+
+    for each optimizer step: forward passes -> losses -> gradients -> check -> AdamW
+
+It knows scorers, objectives, `Tokenized` rows and a reference; nothing of adapters or files of
+data. Bilevel training, EM and online training are outer loops around it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from prefloop.objectives import Objective
+from prefloop.trainer.metrics import Totals, add_totals, batch_totals, means
+from prefloop.trainer.plan import (
+    batch_indices,
+    derived_seed,
+    forward_passes,
+    steps_per_epoch,
+)
+from prefloop.trainer.settings import TrainSettings
+from prefloop.types import Logps, Tokenized, UserError, judgement, score
+
+Reference = Callable[[Sequence[Tokenized]], Logps]
+Metrics = dict[str, float]
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient is not a number; the weights have not moved."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The forward passes of one optimizer step on this process.
+
+    Attributes:
+        parts: the rows of each pass; an empty one runs `filler`, which counts nothing.
+        filler: a row to run where this process has fewer passes than another.
+        scale: what a summed loss is multiplied with, so that the gradient averaged over
+            processes is that of the mean over the global batch: processes / comparisons.
+    """
+
+    parts: list[list[Tokenized]]
+    filler: Tokenized
+    scale: float
+
+
+@runtime_checkable
+class Gradient(Protocol):
+    """Fills `.grad` of the scorer's parameters for one optimizer step."""
+
+    def __call__(self, trainer: "Trainer", passes: Passes) -> Totals: ...
+
+
+@dataclass
+class Trainer:
+    """A policy in training.
+
+    Attributes:
+        scorer: the policy, trained in place; prepared by `accelerator` when it is handed in.
+        optimizer: over the trainable parameters of `scorer`, prepared likewise.
+        objective: what is minimised.
+        reference: log-probabilities of the reference policy, or None for objectives without one.
+        settings: the numbers of the loop.
+        accelerator: devices, processes and precision.
+        gradient: how `.grad` is filled; the bilevel solvers bring their own.
+    """
+
+    scorer: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    reference: Reference | None
+    settings: TrainSettings
+    accelerator: Accelerator
+    gradient: Gradient
+
+    def __post_init__(self) -> None:
+        name = type(self.objective).__name__
+        if self.objective.needs_reference and self.reference is None:
+            raise UserError(
+                f"{name} needs a reference policy, but there is none. Pass the reference's "
+                "log-probabilities, or use an objective without one (SimPO, ORPO, CPO)."
+            )
+        if self.objective.couples_batch and self.accelerator.num_processes > 1:
+            raise UserError(
+                f"{name} compares the comparisons of a batch with each other, so a batch cannot be "
+                f"divided over {self.accelerator.num_processes} processes. Use one process."
+            )
+
+    def step(self, batch: Sequence[Tokenized], number: int, lr: float) -> Metrics:
+        """One optimizer step on the mean loss over the comparisons of the global `batch`.
+
+        The update depends neither on how the batch is cut into forward passes nor on the number
+        of processes. A loss or gradient that is not finite raises before the weights move.
+        """
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if self.objective.couples_batch:
+            parts = [list(batch)]
+        else:
+            parts = forward_passes(batch, processes, self.settings.token_budget)[rank]
+        passes = Passes(parts, min(batch, key=_size), processes / len(batch))
+        self.scorer.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with seeded(derived_seed(self.settings.seed, 1 + number, rank), self.accelerator.device):
+            totals = self.gradient(self, passes)
+        norm = self.accelerator.clip_grad_norm_(
+            self.scorer.parameters(), self.settings.max_grad_norm
+        )
+        norm = _plain_number(norm)
+        metrics = means(self.reduced(totals))
+        self._refuse_non_finite(metrics["loss"], norm, batch, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return metrics | {"grad_norm": norm, "learning_rate": lr}
+
+    @torch.no_grad()
+    def evaluate(self, rows: Sequence[Tokenized]) -> Metrics:
+        """Means of the training metrics over held-out comparisons, named `eval_...`."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        parts = forward_passes(rows, processes, self.settings.token_budget)[rank]
+        filler = min(rows, key=_size)
+        self.scorer.eval()
+        totals: Totals = {}
+        for part in parts:
+            policy = score(self.scorer, part or [filler])
+            if part:
+                totals = add_totals(totals, self.losses(part, policy)[1])
+        metrics = means(self.reduced(totals))
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def reduced(self, totals: Totals) -> Totals:
+        """Sums and counts over all processes; all of them must call this together."""
+        if self.accelerator.num_processes == 1:
+            return totals
+        gathered: list[Totals] = [{} for _ in range(self.accelerator.num_processes)]
+        torch.distributed.all_gather_object(gathered, totals)
+        merged: Totals = {}
+        for part in gathered:
+            merged = add_totals(merged, part)
+        return merged
+
+    def losses(self, part: Sequence[Tokenized], policy: Logps) -> tuple[torch.Tensor, Totals]:
+        """Weighted loss of each comparison, and the totals for the log."""
+        reference = None if self.reference is None else self.reference(part)
+        judged = judgement(part, policy.token.device)
+        losses = self.objective.per_comparison(policy, reference, judged)
+        totals = batch_totals(self.objective, policy, reference, judged, losses)
+        return losses * judged.weight.to(losses.dtype), totals
+
+    def _refuse_non_finite(
+        self, loss: float, norm: float, batch: Sequence[Tokenized], number: int
+    ) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scorer.eval()
+        bad = [] if math.isfinite(loss) else [row for row in batch if not self._finite(row)]
+        places = ", ".join(row.place or row.id for row in (bad or batch)[:5])
+        raise NonFiniteError(
+            f"step {number + 1}: loss {loss}, gradient norm {norm}; the weights have not moved. "
+            f"Rows: {places}. Look at these rows with `prefloop check --show`, or lower the "
+            "learning rate."
+        )
+
+    @torch.no_grad()
+    def _finite(self, row: Tokenized) -> bool:
+        return bool(self.losses([row], score(self.scorer, [row]))[0].isfinite().all())
+
+
+def backward(trainer: Trainer, passes: Passes) -> Totals:
+    """The plain gradient: every pass adds its share of the mean over the global batch."""
+    totals: Totals = {}
+    for number, part in enumerate(passes.parts):
+        last = number == len(passes.parts) - 1
+        with nullcontext() if last else trainer.accelerator.no_sync(trainer.scorer):
+            policy = score(trainer.scorer, part or [passes.filler])
+            if part:
+                losses, counted = trainer.losses(part, policy)
+                totals = add_totals(totals, counted)
+                loss = losses.sum() * passes.scale
+            else:
+                loss = policy.token.sum() * 0.0
+            trainer.accelerator.backward(loss)
+    return totals
+
+
+def total_steps(rows: int, settings: TrainSettings) -> int:
+    """Optimizer steps of a whole run."""
+    steps = settings.epochs * steps_per_epoch(rows, settings.batch_size)
+    return min(steps, settings.max_steps) if settings.max_steps else steps
+
+
+def global_batch(
+    rows: Sequence[Tokenized], settings: TrainSettings, number: int
+) -> list[Tokenized]:
+    """The comparisons of optimizer step `number` (the first is 0)."""
+    return [
+        rows[i] for i in batch_indices(len(rows), settings.batch_size, number, settings.seed)
+    ]
+
+
+class seeded:
+    """Random numbers inside the block follow from `seed`; outside nothing has changed."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._fork = torch.random.fork_rng(
+            devices=[device] if device.type == "cuda" else [], device_type="cuda"
+        )
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *error: object) -> None:
+        self._fork.__exit__(None, None, None)
+
+
+def _size(row: Tokenized) -> int:
+    return len(row.prompt) + sum(map(len, row.responses))
+
+
+def _plain_number(norm: torch.Tensor | float | None) -> float:
+    """The norm as a float; a sharded one is gathered first."""
+    if norm is None:
+        return 0.0
+    whole = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+    return float(whole)

@@ -88,7 +88,7 @@ def _convert(source: Path, folder: Path) -> None:
     )
     config = read.config
     # The weights are plain float32 now; a model that still says it is quantized refuses training.
-    del config.quantization_config
+    vars(config).pop("quantization_config")
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config

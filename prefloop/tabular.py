@@ -279,6 +279,21 @@ def kl(
     return (first.exp() * (first - second)).sum(-1)
 
 
+def renyi(
+    first: Float[Tensor, "*problems Y"],
+    second: Float[Tensor, "*problems Y"],
+    order: Float[Tensor, "*problems"],
+) -> Float[Tensor, "*problems"]:
+    """Renyi divergence of any order > 0, in nats; the KL divergence at order 1.
+
+    D = log(sum first^order second^(1 - order)) / (order - 1)
+    """
+    one = (order - 1).abs() < 1e-9
+    away = torch.where(one, 2.0, order)
+    power = away.unsqueeze(-1) * first + (1 - away).unsqueeze(-1) * second
+    return torch.where(one, kl(first, second), power.logsumexp(-1) / (away - 1))
+
+
 def jensen_shannon(
     first: Float[Tensor, "*problems Y"], second: Float[Tensor, "*problems Y"]
 ) -> Float[Tensor, "*problems"]:

@@ -1,0 +1,121 @@
+"""`prefloop COMMAND`: find the command, parse, call.
+
+The table below is all that `prefloop --help` needs, so it answers without importing torch. To add
+a command: a file with its dataclass beside this one, and a row here.
+"""
+
+import difflib
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "check": "Read every row of preference data and say whether it can be trained on.",
+    "sample": "Sample several answers to each prompt.",
+    "score": "Score sampled answers with a reward.",
+    "select": "Choose the prompts that are worth a label.",
+    "train": "Train a policy on comparisons.",
+    "evaluate": "Compare a trained policy with its reference.",
+    "report": "Write one self-contained HTML page from run folders.",
+    "reproduce": "Check a paper's claims exactly, in the tabular world.",
+    "demo": "The whole loop on a real small model.",
+}
+"""Command -> what it does, in the order of the loop."""
+
+HELP = """usage: prefloop COMMAND [OPTIONS]
+
+prefloop closes the preference loop of language models.
+
+commands:
+{commands}
+
+prefloop COMMAND --help    every option of a command, its unit and default
+prefloop --version         the version
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in {"-h", "--help", "help"}:
+        rows = "\n".join(f"  {name:<11}{what}" for name, what in COMMANDS.items())
+        print(HELP.format(commands=rows))
+        return 0
+    if words[0] == "--version":
+        from prefloop import __version__
+
+        print(f"prefloop {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        meant = f" Perhaps you meant: {close[0]}." if close else ""
+        return _mistake(f"there is no command {words[0]!r}.{meant} See prefloop --help.")
+    return _run(words[0], words[1:])
+
+
+def _run(name: str, words: list[str]) -> int:
+    import tyro
+
+    from prefloop.types import UserError
+
+    module = import_module(f"prefloop.cli.{name}")
+    command = getattr(module, name.capitalize())
+    try:
+        words, default = _with_config(command, name, words)
+        settings = tyro.cli(
+            command,
+            prog=f"prefloop {name}",
+            args=words,
+            default=default,
+        )
+        settings()
+    except UserError as error:
+        return _mistake(str(error))
+    except KeyboardInterrupt:
+        print("prefloop: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _with_config(command: Any, name: str, words: list[str]) -> tuple[list[str], Any]:
+    """Take `--config FILE` out of `words`; the file's settings become the defaults."""
+    from prefloop.runs import read_json
+    from prefloop.types import UserError
+
+    if "--config" not in words:
+        return words, None
+    at = words.index("--config")
+    if at + 1 == len(words):
+        raise UserError("--config needs a file: the config.json of a run")
+    path = Path(words[at + 1])
+    stored = read_json(path)
+    if not isinstance(stored, dict) or stored.get("command") != name:
+        raise UserError(f"{path}: this is not the config.json of a `prefloop {name}` run")
+    known = {field.name for field in fields(command)}
+    if unknown := sorted(set(stored["settings"]) - known):
+        raise UserError(
+            f"{path}: prefloop {name} has no setting {', '.join(unknown)}; it has "
+            f"{', '.join(sorted(known))}"
+        )
+    settings = {key: _plain(value) for key, value in stored["settings"].items()}
+    return words[:at] + words[at + 2 :], _complete(command, settings)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _complete(command: Any, settings: dict[str, Any]) -> Any:
+    from prefloop.types import UserError
+
+    try:
+        return command(**settings)
+    except TypeError as error:
+        raise UserError(f"the configuration is not complete: {error}") from None
+
+
+def _mistake(text: str) -> int:
+    print(f"prefloop: {text}", file=sys.stderr)
+    return 2

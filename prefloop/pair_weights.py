@@ -98,9 +98,9 @@ class PairWeights(Protocol):
 class PairSampler:
     """A mixture of couples: W = sum_i alpha_i [s1_i(y) s2_i(y') + s1_i(y') s2_i(y)].
 
-    alpha_i = multiple_i Z_1 Z_2 carries the normalizers of the two tilts, so they cancel and a couple
-    contributes multiple (e^{t1(y) + t2(y')} + e^{t1(y') + t2(y)}), t the exponents. The diagonal is
-    kept: a response may be drawn twice, and that pair has no gradient.
+    alpha_i = multiple_i Z_1 Z_2 carries the normalizers of the two tilts, so they cancel, and a
+    couple contributes multiple (e^{t1(y) + t2(y')} + e^{t1(y') + t2(y)}), t the exponents. The
+    diagonal is kept: a response may be drawn twice, and that pair has no gradient.
 
     Attributes:
         couples: where the two responses come from.
@@ -209,12 +209,10 @@ MIX_P_CLIPPED = Clipped(MIX_P)
 """DPO-Mix-P*: Mix-P with the cap of the noisy setting."""
 
 
-def shares(
-    components: tuple[Component, ...],
-) -> Float[Tensor, "couples *problems"]:
-    """Probability with which each couple is drawn: alpha_i / sum alpha."""
-    alpha = torch.stack([component.alpha for component in components])
-    return alpha / alpha.sum(0)
+def shares(components: tuple[Component, ...]) -> Float[Tensor, "*problems C"]:
+    """Probability with which each of C couples is drawn: alpha_i / sum alpha."""
+    alpha = torch.stack([component.alpha for component in components], -1)
+    return alpha / alpha.sum(-1, keepdim=True)
 
 
 def joint(weight: Float[Tensor, "*problems Y Y"]) -> Float[Tensor, "*problems Y Y"]:

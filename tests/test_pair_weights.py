@@ -84,7 +84,7 @@ def test_coefficients_are_those_of_the_paper():
     torch.testing.assert_close(tilted.second, (-known.reward).softmax(-1))
     assert UNIFORM.components(known)[0].alpha.tolist() == pytest.approx([50.0] * 7)
     torch.testing.assert_close(
-        shares(MIX_R.components(known))[1], tilted.alpha / (25 + tilted.alpha)
+        shares(MIX_R.components(known))[:, 1], tilted.alpha / (25 + tilted.alpha)
     )
 
 
@@ -93,7 +93,7 @@ def test_drawing_a_couple_first_gives_the_joint_probability():
     components = MIX_P.components(known)
     drawn = sum(
         share[:, None, None] * part.first.unsqueeze(-1) * part.second.unsqueeze(-2)
-        for share, part in zip(shares(components), components, strict=True)
+        for share, part in zip(shares(components).unbind(-1), components, strict=True)
     )
     assert isinstance(drawn, torch.Tensor)
     torch.testing.assert_close((drawn + drawn.mT) / 2, joint(MIX_P(known)))

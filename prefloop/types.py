@@ -4,12 +4,13 @@ Shape letters, used in every annotation of the package:
 
     B  comparisons in a batch     N  responses of a comparison, padded      P  pairs
     T  response tokens, padded    K  annotator types                        V  vocabulary
-    D  hidden or feature size     M  any flat list of tokens                R  rows of a forward pass
+    D  hidden or feature size     M  any flat list of tokens                S  input positions
+    R  rows of a forward pass
 
 Log-probabilities are natural logs (nats). Masks are True where something exists.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -64,14 +65,15 @@ class Tokenized:
         prompt: token ids of the rendered prompt, BOS included where the model wants one.
         responses: token ids of each response, the end-of-turn token included.
         rank: as in `Comparison`, 0 where not judged.
-        scores, label, annotator, weight, id, place: as in `Comparison`.
+        scores, label, annotator, weight, id, place: as in `Comparison`; a label of None is a
+            response that nobody labelled.
     """
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     rank: tuple[int, ...] | None = None
     scores: tuple[float, ...] | None = None
-    label: tuple[bool, ...] | None = None
+    label: tuple[bool | None, ...] | None = None
     annotator: str | None = None
     weight: float = 1.0
     id: str = ""
@@ -88,11 +90,16 @@ class Logps:
         token: log p(y_t | x, y_<t), in nats; exactly 0 outside `mask`.
         mask: which positions belong to the response; a response that does not exist is all False.
         collision: log sum_v p(v | x, y_<t)^2 a token, for objectives that need it (WPO), or None.
+        embeddings: input embeddings that the log-probabilities were computed from, in their graph,
+            for objectives that differentiate by them (WassersteinDPO), or None. S is whatever input
+            positions the scorer counts to a response. `at` leaves them out: a picked copy would not
+            be in the graph.
     """
 
     token: Float[Tensor, "*shape T"]
     mask: Bool[Tensor, "*shape T"]
     collision: Float[Tensor, "*shape T"] | None = None
+    embeddings: Float[Tensor, "*shape S D"] | None = None
 
     @property
     def sum(self) -> Float[Tensor, "*shape"]:
@@ -165,7 +172,7 @@ def judgement(batch: Sequence[Tokenized], device: torch.device | str = "cpu") ->
     """The judgements of a batch, padded to its largest number of responses."""
     width = max(len(row.responses) for row in batch)
 
-    def padded(values: Sequence[Any] | None, fill: float) -> list[Any]:
+    def padded(values: Iterable[int | float] | None, fill: int | float) -> list[int | float]:
         values = [] if values is None else list(values)
         return values + [fill] * (width - len(values))
 
@@ -177,11 +184,15 @@ def judgement(batch: Sequence[Tokenized], device: torch.device | str = "cpu") ->
             device=device,
         ),
         label=torch.tensor(
-            [padded(None if row.label is None else map(int, row.label), -1) for row in batch],
+            [padded(None if row.label is None else map(_code, row.label), -1) for row in batch],
             device=device,
         ),
         weight=torch.tensor([row.weight for row in batch], dtype=torch.float32, device=device),
     )
+
+
+def _code(label: bool | None) -> int:
+    return -1 if label is None else int(label)
 
 
 def ordered_pairs(

@@ -43,6 +43,7 @@ class Comparison:
         id: unique in its file; made from the place when the file has none.
         place: "file:line", for messages.
         extra: other columns of the row, carried from stage to stage untouched.
+        ensemble: what each of K reward models gives each response (N tuples of K), or None.
     """
 
     prompt: str | tuple[Mapping[str, str], ...]
@@ -55,6 +56,7 @@ class Comparison:
     id: str = ""
     place: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    ensemble: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Tokenized:
         prompt: token ids of the rendered prompt, BOS included where the model wants one.
         responses: token ids of each response, the end-of-turn token included.
         rank: as in `Comparison`, 0 where not judged.
-        scores, label, annotator, weight, id, place: as in `Comparison`; a label of None is a
-            response that nobody labelled.
+        scores, label, annotator, weight, id, place, ensemble: as in `Comparison`; a label of None
+            is a response that nobody labelled.
     """
 
     prompt: tuple[int, ...]
@@ -78,6 +80,7 @@ class Tokenized:
     weight: float = 1.0
     id: str = ""
     place: str = ""
+    ensemble: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,12 +163,15 @@ class Judgement:
         scores: a number a response, NaN where there is none.
         label: 1 good, 0 bad, -1 not labelled.
         weight: how much each comparison counts.
+        ensemble: scores of each of K reward models, NaN for a response that does not exist, or None
+            unless every comparison has them.
     """
 
     rank: Int[Tensor, "B N"]
     scores: Float[Tensor, "B N"]
     label: Int[Tensor, "B N"]
     weight: Float[Tensor, " B"]
+    ensemble: Float[Tensor, "B N K"] | None = None
 
 
 def judgement(batch: Sequence[Tokenized], device: torch.device | str = "cpu") -> Judgement:
@@ -188,7 +194,22 @@ def judgement(batch: Sequence[Tokenized], device: torch.device | str = "cpu") ->
             device=device,
         ),
         weight=torch.tensor([row.weight for row in batch], dtype=torch.float32, device=device),
+        ensemble=_ensemble([row.ensemble for row in batch], width, device),
     )
+
+
+def _ensemble(
+    sets: Sequence[tuple[tuple[float, ...], ...] | None],
+    width: int,
+    device: torch.device | str,
+) -> Tensor | None:
+    present = [scores for scores in sets if scores is not None]
+    if len(present) < len(sets):
+        return None
+    models = len(present[0][0])
+    absent = (float("nan"),) * models
+    padded = [[*scores, *([absent] * (width - len(scores)))] for scores in present]
+    return torch.tensor(padded, dtype=torch.float32, device=device)
 
 
 def _code(label: bool | None) -> int:

@@ -14,7 +14,7 @@ _HOME = {
     "UserError": "types",
 }
 
-__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605 - one list, not two that must agree
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str):

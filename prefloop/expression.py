@@ -14,7 +14,7 @@ from typing import Any
 from prefloop.types import UserError
 
 
-def parse(text: str, known: Mapping[str, type] | Iterable[type]) -> Any:
+def parse(text: str, known: Iterable[type]) -> Any:
     """The object that `text` describes, made of the dataclasses in `known`.
 
     `DPO` alone means `DPO()`. Names match whatever their case.
@@ -23,20 +23,15 @@ def parse(text: str, known: Mapping[str, type] | Iterable[type]) -> Any:
         UserError: text that is no such expression, an unknown name or field (with the nearest
             known one), or a value that the object itself refuses.
     """
-    classes = dict(known) if isinstance(known, Mapping) else {c.__name__: c for c in known}
+    classes = {made.__name__: made for made in known}
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
         raise UserError(
             f"cannot read {text!r}: write it as Name or Name(field=value), for example "
-            f"{example(classes)}"
+            f"{next(iter(classes))}()"
         ) from None
     return _build(tree, {name.lower(): c for name, c in classes.items()}, text)
-
-
-def example(classes: Mapping[str, type]) -> str:
-    """The first of the known names, written as a call."""
-    return f"{next(iter(classes))}()"
 
 
 def _build(node: ast.expr, classes: Mapping[str, type], text: str) -> Any:
@@ -74,9 +69,8 @@ def _make(
         raise UserError(f"{made.__name__} in {text!r}: name each value, field=value; {allowed}")
     for keyword in keywords:
         if keyword.arg not in allowed:
-            raise UserError(
-                f"{made.__name__} has no field {keyword.arg!r}; {_nearest(str(keyword.arg), allowed)}"
-            )
+            near = _nearest(str(keyword.arg), allowed)
+            raise UserError(f"{made.__name__} has no field {keyword.arg!r}; {near}")
         values[keyword.arg] = _build(keyword.value, classes, text)
     try:
         return made(**values)

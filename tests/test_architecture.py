@@ -7,15 +7,18 @@ import sys
 import time
 from pathlib import Path
 
-import prefloop
 import pytest
+
+import prefloop
 from prefloop.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prefloop"
 LAYERS = [
     re.search(r"^    (.*)$", line).group(1).split()[0].rstrip("/,")
-    for line in (ROOT / "docs" / "design.md").read_text().split("## 5. Modules")[1]
+    for line in (ROOT / "docs" / "design.md")
+    .read_text()
+    .split("## 5. Modules")[1]
     .split("EM, bilevel")[0]
     .splitlines()
     if line.startswith("    ")

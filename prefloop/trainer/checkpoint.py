@@ -27,8 +27,8 @@ from prefloop.types import UserError
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """Whole tensors of everything that training changes; every process must call this together."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights: Mapping[str, Any] = get_model_state_dict(model, options=options)
-    moments = get_optimizer_state_dict(model, optimizer, options=options)
+    weights: Any = get_model_state_dict(model, options=options)
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=options)
     return {
         "model": {name: value.detach().contiguous().clone() for name, value in weights.items()},
         "optimizer": {
@@ -70,7 +70,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     if not found:
         raise UserError(f"{folder} holds no checkpoint to resume from")
     newest = found[-1]
-    weights = load_file(newest / "model.safetensors")
+    weights: dict[str, Any] = dict(load_file(newest / "model.safetensors"))
     expected = {name for name, value in model.named_parameters() if value.requires_grad}
     saved = {name.replace("_fsdp_wrapped_module.", "") for name in weights}
     if len(saved) != len(expected):
@@ -81,7 +81,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     set_model_state_dict(model, weights, options=options)
     set_optimizer_state_dict(
-        model, optimizer, _nested(load_file(newest / "optimizer.safetensors"), model, optimizer),
+        model,
+        optimizer,
+        _nested(load_file(newest / "optimizer.safetensors"), model, optimizer),
         options=options,
     )
     return int(read_json(newest / "state.json")["step"])

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from prefloop.objectives import Objective
 from prefloop.trainer.metrics import Totals, add_totals, batch_totals, means
@@ -28,7 +29,7 @@ from prefloop.trainer.settings import TrainSettings
 from prefloop.types import Logps, Tokenized, UserError, judgement, score
 
 Reference = Callable[[Sequence[Tokenized]], Logps]
-Metrics = dict[str, float]
+Metrics = dict[str, int | float]
 
 
 class NonFiniteError(UserError):
@@ -201,9 +202,7 @@ def global_batch(
     rows: Sequence[Tokenized], settings: TrainSettings, number: int
 ) -> list[Tokenized]:
     """The comparisons of optimizer step `number` (the first is 0)."""
-    return [
-        rows[i] for i in batch_indices(len(rows), settings.batch_size, number, settings.seed)
-    ]
+    return [rows[i] for i in batch_indices(len(rows), settings.batch_size, number, settings.seed)]
 
 
 class seeded:
@@ -231,5 +230,5 @@ def _plain_number(norm: torch.Tensor | float | None) -> float:
     """The norm as a float; a sharded one is gathered first."""
     if norm is None:
         return 0.0
-    whole = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return float(whole)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from prefloop.logps import buckets
+from prefloop.logps.layout import buckets
 from prefloop.types import Tokenized
 
 

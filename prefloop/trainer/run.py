@@ -1,7 +1,7 @@
 """A training run on disk: steps, evaluations, checkpoints, metrics; killed and gone on with.
 
-    run/metrics.jsonl   one line a logged step, one a evaluation
-    run/checkpoint/     the newest checkpoint
+run/metrics.jsonl   one line a logged step, one a evaluation
+run/checkpoint/     the newest checkpoint
 """
 
 import signal
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 
@@ -59,6 +60,7 @@ def fit(
     if not rows:
         raise UserError("there is nothing to train on: no comparison is left")
     total = total_steps(len(rows), trainer.settings)
+    folder.mkdir(parents=True, exist_ok=True)
     log, saved = folder / "metrics.jsonl", folder / "checkpoint"
     done = 0
     if checkpoint.finished(saved):
@@ -84,9 +86,7 @@ def fit(
     return metrics
 
 
-def _timed_step(
-    trainer: Trainer, rows: Sequence[Tokenized], number: int, total: int
-) -> Metrics:
+def _timed_step(trainer: Trainer, rows: Sequence[Tokenized], number: int, total: int) -> Metrics:
     settings = trainer.settings
     batch = global_batch(rows, settings, number)
     started = time.perf_counter()
@@ -177,5 +177,6 @@ class _CtrlC:
         accelerator = self._trainer.accelerator
         if accelerator.num_processes == 1:
             return self._pressed
-        flag = torch.tensor(float(self._pressed), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+        flag: Any = torch.tensor(float(self._pressed), device=accelerator.device)
+        summed: Any = accelerator.reduce(flag, reduction="sum")
+        return float(summed) > 0

@@ -26,7 +26,7 @@ class TrainSettings:
         max_grad_norm: the gradient is scaled down to this norm when it is longer.
         token_budget: tokens (padding included) of one forward pass; more needs more memory.
         log_every: optimizer steps between lines of metrics.jsonl.
-        eval_every: optimizer steps between evaluations; 0 means before the first step and at the end.
+        eval_every: optimizer steps between evaluations; 0 means at the start and the end.
         save_every: optimizer steps between checkpoints; 0 means ten a run.
         seed: order of the data, dropout.
     """
@@ -72,6 +72,6 @@ DECAY = {
 }
 
 
-def _refuse(name: str, value: float, allowed: bool, rule: str) -> None:
+def _refuse(name: str, value: int | float, allowed: bool, rule: str) -> None:
     if not (allowed and math.isfinite(value)):
         raise UserError(f"{name} {rule}, got {value}")

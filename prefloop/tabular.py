@@ -13,10 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from prefloop.objectives.family import PairLoss
 from prefloop.types import Logps, Pair, Tokenized
-
-PairLoss = Callable[[Pair, Pair | None], Tensor]
-"""What a pairwise objective is: (policy, reference) -> one loss a pair."""
 
 
 class TabularPolicy(nn.Module):
@@ -307,3 +305,52 @@ def random_logp(
 ) -> Float[Tensor, "*problems Y"]:
     """Log-probabilities softmax(N(0, spread^2)) in float64, full support."""
     return (spread * torch.randn(shape, generator=rng, dtype=torch.float64)).log_softmax(-1)
+
+
+def population_optimum(
+    objective: PairLoss,
+    reference: Float[Tensor, "*problems Y"],
+    weight: Float[Tensor, "*problems Y Y"],
+    length: Int[Tensor, "*problems Y"] | None = None,
+    steps: int = 500,
+) -> Float[Tensor, "*problems Y"]:
+    """log pi at the minimum of `expected_loss` over all policies, started at the reference.
+
+    L-BFGS on free logits, all problems at once; for smooth objectives.
+    """
+    policy = TabularPolicy(reference)
+    optimizer = torch.optim.LBFGS(
+        policy.parameters(),
+        max_iter=steps,
+        history_size=50,
+        tolerance_grad=1e-13,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = expected_loss(objective, policy.logp(), reference, weight, length).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch's stub wants a float
+    return policy.logp().detach()
+
+
+def anneal(policy: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float) -> None:
+    """Adam whose step falls from `lr` to zero along a cosine, in place.
+
+    Args:
+        policy: any module of this file.
+        loss: the loss at a step number: exact, or of freshly drawn pairs.
+        steps: how many.
+        lr: first step size.
+    """
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        schedule.step()

@@ -1,4 +1,8 @@
-"""One row of a file -> one `Comparison`: every rule about what a row may hold is here."""
+"""One row of a file -> one `Comparison`: every rule about what a row may hold is here.
+
+An empty response is allowed here: real models say nothing at times, and people judge that too.
+Whether it may be trained on is settled where it becomes tokens.
+"""
 
 from collections.abc import Mapping
 from math import isfinite
@@ -9,10 +13,6 @@ from prefloop.data.implicit import answer, cut_messages, cut_texts
 from prefloop.types import Comparison, UserError
 
 Messages: TypeAlias = tuple[Mapping[str, str], ...]
-
-
-class EmptyResponse(UserError):
-    """A response without text."""
 
 
 class _Form(NamedTuple):
@@ -122,9 +122,7 @@ def _pair(row: Mapping[str, Any], place: str) -> _Form:
     else:
         chosen, rejected = (_text(row[name], name, place) for name in ("chosen", "rejected"))
         if prompt is None:
-            _refuse_empty({"chosen": chosen, "rejected": rejected}, place)
             prompt, chosen, rejected = cut_texts(chosen, rejected, place)
-    _refuse_empty({"chosen": chosen, "rejected": rejected}, place)
     return _Form(prompt, (chosen, rejected), (1, 2))
 
 
@@ -183,11 +181,8 @@ def _message(value: Any, name: str, place: str) -> dict[str, str]:
 
 def _response(value: Any, name: str, place: str) -> str:
     if isinstance(value, list | tuple):
-        text = answer(_messages(value, name, place), name, place)
-    else:
-        text = _text(value, name, place)
-    _refuse_empty({name: text}, place)
-    return text
+        return answer(_messages(value, name, place), name, place)
+    return _text(value, name, place)
 
 
 def _text(value: Any, name: str, place: str) -> str:
@@ -205,14 +200,6 @@ def _text(value: Any, name: str, place: str) -> str:
                 "is no character. Mend or drop the row"
             ) from None
     return value
-
-
-def _refuse_empty(responses: Mapping[str, str], place: str) -> None:
-    for name, text in responses.items():
-        if not text.strip():
-            raise EmptyResponse(
-                f"{place}: {name} is empty ({text!r:.20}); a response must hold text. Drop the row"
-            )
 
 
 def _ranks(value: Any, count: int, place: str) -> tuple[int | None, ...] | None:

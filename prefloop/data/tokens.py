@@ -37,6 +37,15 @@ class Overlong(Enum):
     """Responses are cut at their end, counted, and get no end-of-turn token: they do not end."""
 
 
+class Empty(Enum):
+    """What to do with a row that has an empty response, or one of nothing but white space."""
+
+    refuse = "refuse"
+    """A user error that names the row."""
+    drop = "drop"
+    """The row is left out and counted."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What `tokenize` did besides tokenising.
@@ -45,11 +54,23 @@ class Report:
         rows: comparisons that came in.
         dropped: places of the rows that were left out as over-long.
         truncated: places of the rows with a response that was cut.
+        empty: places of the rows that were left out for an empty response.
     """
 
     rows: int
     dropped: tuple[str, ...] = ()
     truncated: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for people: "2,997 rows, 162 with an empty response dropped, ..."."""
+        counts = {
+            "with an empty response dropped": len(self.empty),
+            "over-long dropped": len(self.dropped),
+            "truncated": len(self.truncated),
+        }
+        notes = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return ", ".join([f"{self.rows:,} rows", *notes])
 
 
 @dataclass(frozen=True)
@@ -166,6 +187,7 @@ def tokenize(
     max_length: int | None = None,
     overlong: Overlong = Overlong.refuse,
     chat: bool | None = None,
+    empty: Empty = Empty.refuse,
 ) -> tuple[list[Tokenized], Report]:
     """Comparisons in tokens, and a report of the rows that were dropped or cut.
 
@@ -177,9 +199,10 @@ def tokenize(
         overlong: what happens to a row past the limit. A prompt that leaves no room for a single
             response token is refused under `truncate` too.
         chat: as in `encoder`.
+        empty: what happens to a row with an empty response.
 
     Raises:
-        UserError: an over-long row (see `overlong`), a response without a single token, messages
+        UserError: an over-long row (see `overlong`), an empty response (see `empty`), messages
             that the template refuses.
     """
     if max_length is not None and max_length < 2:
@@ -191,18 +214,27 @@ def tokenize(
     rows: list[Tokenized] = []
     dropped: list[str] = []
     truncated: list[str] = []
+    silent: list[str] = []
     count = 0
     for chunk in _chunks(comparisons):
         count += len(chunk)
-        for comparison, whole in zip(chunk, coder.encode(chunk), strict=True):
+        if empty is Empty.drop:
+            silent += [where(row) for row in chunk if has_empty(row)]
+            chunk = [row for row in chunk if not has_empty(row)]
+        for whole in coder.encode(chunk):
             row = whole if max_length is None else _fit(whole, max_length, overlong)
             if row is None:
-                dropped.append(where(comparison))
+                dropped.append(where(whole))
                 continue
             rows.append(row)
             if row is not whole:
-                truncated.append(where(comparison))
-    return rows, Report(count, tuple(dropped), tuple(truncated))
+                truncated.append(where(row))
+    return rows, Report(count, tuple(dropped), tuple(truncated), tuple(silent))
+
+
+def has_empty(comparison: Comparison) -> bool:
+    """Whether a response holds no text, or nothing but white space."""
+    return not all(map(str.strip, comparison.responses))
 
 
 def where(row: Comparison | Tokenized) -> str:
@@ -246,10 +278,10 @@ def _refuse_no_tokens(
             "Mend the prompt, or drop the row"
         )
     for index, text in enumerate(comparison.responses):
-        if not responses[text]:
+        if not text.strip() or not responses[text]:
             raise UserError(
-                f"{where(comparison)}: response {index + 1} ({text[:40]!r}) has no token. "
-                "Mend the response, or drop the row"
+                f"{where(comparison)}: response {index + 1} is empty ({text[:40]!r}); a response "
+                "must hold text. Mend the row, or choose to drop rows with empty responses"
             )
 
 

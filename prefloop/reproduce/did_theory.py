@@ -10,7 +10,8 @@ from torch.nn.functional import logsigmoid
 
 from prefloop import did
 from prefloop.objectives import DPO, IPO, Hinge, SimPO
-from prefloop.objectives.family import PairLoss, Pairwise, given
+from prefloop.objectives.checks import given
+from prefloop.objectives.family import PairLoss, Pairwise
 from prefloop.tabular import (
     TabularPolicy,
     anneal,
@@ -333,7 +334,7 @@ def flow(objective: PairLoss, taught: Lesson, steps: int = 800, rate: float = 3.
 def flows(
     rng: torch.Generator, problems: int = 10, betas: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0)
 ) -> list[tuple[Flow, Flow]]:
-    """Gradient flow of DPO at each beta: chosen drawn from the reference, rejected drawn from it."""
+    """Gradient flow of DPO at each beta: first the chosen from the reference, then the rejected."""
     pairs = []
     for beta in betas:
         taught = lesson(rng, problems, 32, beta, change=0.7)

@@ -1,7 +1,18 @@
 """Data of preferences: read, check, convert, split and tokenise `Comparison`s."""
 
 from prefloop.data.columns import Columns, parse_columns
+from prefloop.data.convert import (
+    best_vs_worst,
+    drop_ties,
+    group,
+    ordered,
+    rank_from_scores,
+    to_pairs,
+    unpair,
+    with_ranks,
+)
 from prefloop.data.files import as_row, iterate, read, read_prompts, unique, write
+from prefloop.data.held_out import split
 from prefloop.data.keys import prompt_key
 from prefloop.data.tokens import (
     Empty,
@@ -21,15 +32,24 @@ __all__ = [
     "Overlong",
     "Report",
     "as_row",
+    "best_vs_worst",
+    "drop_ties",
     "encoder",
+    "group",
     "has_empty",
     "iterate",
+    "ordered",
     "parse_columns",
     "prompt_key",
+    "rank_from_scores",
     "read",
     "read_prompts",
+    "split",
+    "to_pairs",
     "tokenize",
     "unique",
+    "unpair",
     "where",
+    "with_ranks",
     "write",
 ]

@@ -81,12 +81,14 @@ class Bilevel:
         """
         total = {name: torch.zeros_like(value) for name, value in params.items()}
         along = [value.detach() for value in vector.values()]
-        # Fused attention has no second derivative.
-        with sdpa_kernel(SDPBackend.MATH):
+        # A once-differentiable function inside refuses a second derivative only where the gradient
+        # that reaches it is itself part of the graph; otherwise its answer is silently wrong.
+        one = torch.ones((), requires_grad=True)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             for piece in self.pieces:
                 leaves = _leaves(params)
                 inputs = list(leaves.values())
-                lower = piece(leaves).lower.sum()
+                lower = (piece(leaves).lower * one).sum()
                 first = torch.autograd.grad(lower, inputs, create_graph=True)
                 try:
                     _accumulate(total, torch.autograd.grad(first, inputs, along))

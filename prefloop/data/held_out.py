@@ -39,8 +39,8 @@ def split(
     distinct = sorted(set(keys), key=lambda key: _hash(seed, key))
     if len(distinct) < 2:
         raise UserError(
-            f"cannot hold out a part of {len(distinct)} {by}; two or more are needed. Give held-out "
-            "data of its own"
+            f"cannot hold out a part of {len(distinct)} {by}; two or more are needed. Give "
+            "held-out data of its own"
         )
     count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
     held_out = set(distinct[:count])

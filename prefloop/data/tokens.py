@@ -149,6 +149,11 @@ class Encoder:
                 place=comparison.place,
             )
 
+    def special_texts(self) -> list[str]:
+        """How the special tokens are spelled."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in tokens if token.special]
+
     def _is_opened(self, prompt: tuple[int, ...]) -> bool:
         return prompt[: len(self.opening)] == self.opening
 
@@ -216,13 +221,13 @@ def tokenize(
     truncated: list[str] = []
     silent: list[str] = []
     count = 0
-    for chunk in _chunks(comparisons):
+    for chunk in chunks(comparisons):
         count += len(chunk)
         if empty is Empty.drop:
             silent += [where(row) for row in chunk if has_empty(row)]
             chunk = [row for row in chunk if not has_empty(row)]
         for whole in coder.encode(chunk):
-            row = whole if max_length is None else _fit(whole, max_length, overlong)
+            row = fit(whole, max_length, overlong)
             if row is None:
                 dropped.append(where(whole))
                 continue
@@ -232,19 +237,13 @@ def tokenize(
     return rows, Report(count, tuple(dropped), tuple(truncated), tuple(silent))
 
 
-def has_empty(comparison: Comparison) -> bool:
-    """Whether a response holds no text, or nothing but white space."""
-    return not all(map(str.strip, comparison.responses))
+def fit(row: Tokenized, max_length: int | None, overlong: Overlong) -> Tokenized | None:
+    """`row` where prompt and longest response fit `max_length` together; else what `overlong` says.
 
-
-def where(row: Comparison | Tokenized) -> str:
-    """The place of a row for a message: its file and line, or its id where it was never read."""
-    return row.place or f"comparison {row.id!r}"
-
-
-def _fit(row: Tokenized, max_length: int, overlong: Overlong) -> Tokenized | None:
+    The row itself if it fits, None if it is dropped, a new row if it is truncated.
+    """
     longest = max(map(len, row.responses))
-    if len(row.prompt) + longest <= max_length:
+    if max_length is None or len(row.prompt) + longest <= max_length:
         return row
     if overlong is Overlong.drop:
         return None
@@ -264,6 +263,32 @@ def _fit(row: Tokenized, max_length: int, overlong: Overlong) -> Tokenized | Non
     return replace(row, responses=tuple(response[:room] for response in row.responses))
 
 
+def empty_response(comparison: Comparison, number: int) -> UserError:
+    """The error of a row whose response `number`, counted from 1, has no text or no token."""
+    return UserError(
+        f"{where(comparison)}: response {number} is empty "
+        f"({comparison.responses[number - 1][:40]!r}); a response must hold text. Mend the row, or "
+        "choose to drop rows with empty responses"
+    )
+
+
+def has_empty(comparison: Comparison) -> bool:
+    """Whether a response holds no text, or nothing but white space."""
+    return not all(map(str.strip, comparison.responses))
+
+
+def chunks(comparisons: Iterable[Comparison]) -> Iterator[list[Comparison]]:
+    """Comparisons in lists of a size that suits a tokenizer."""
+    rows = iter(comparisons)
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def where(row: Comparison | Tokenized) -> str:
+    """The place of a row for a message: its file and line, or its id where it was never read."""
+    return row.place or f"comparison {row.id!r}"
+
+
 def _refuse_no_tokens(
     comparison: Comparison, prompt: tuple[int, ...], responses: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -277,12 +302,9 @@ def _refuse_no_tokens(
             f"{where(comparison)}: the prompt has no token, and a response needs one before it. "
             "Mend the prompt, or drop the row"
         )
-    for index, text in enumerate(comparison.responses):
+    for number, text in enumerate(comparison.responses, 1):
         if not text.strip() or not responses[text]:
-            raise UserError(
-                f"{where(comparison)}: response {index + 1} is empty ({text[:40]!r}); a response "
-                "must hold text. Mend the row, or choose to drop rows with empty responses"
-            )
+            raise empty_response(comparison, number)
 
 
 def _ids(
@@ -337,9 +359,3 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     starts = range(len(dressed) - len(bare) + 1)
     start = next((at for at in starts if dressed[at : at + len(bare)] == bare), 0)
     return dressed[:start]
-
-
-def _chunks(comparisons: Iterable[Comparison]) -> Iterator[list[Comparison]]:
-    rows = iter(comparisons)
-    while chunk := list(islice(rows, CHUNK)):
-        yield chunk

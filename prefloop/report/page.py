@@ -1,0 +1,89 @@
+"""Sections -> one HTML page that needs nothing else: no script, no network, light and dark.
+
+Every text is made visible and escaped in one place, whatever the template does with it; and the
+page carries a policy that lets a browser run no script and load nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from prefloop.report.drawing import describe, draw, legend
+from prefloop.report.section import Figure, Interval, Picture, Section
+from prefloop.report.words import number, percent, visible
+
+SHORT = 600
+"""Characters of a text shown at once; the rest unfolds."""
+LONG = 20_000
+"""Characters of a text in the page at all."""
+
+
+def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """The page as text; the same sections give the same text."""
+    environment = Environment(
+        loader=PackageLoader("prefloop.report", ""),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {
+        "Interval": Interval,
+        "kind": lambda value: type(value).__name__,
+        "drawn": _drawn,
+        "legend": lambda figure: [] if isinstance(figure, Picture) else legend(figure),
+        "interval": _interval,
+        "position": _position,
+        "cut": _cut,
+    }
+    style = environment.get_template("style.css").render()
+    return environment.get_template("page.html.jinja").render(
+        title=title, subtitle=subtitle, sections=sections, style=Markup(style)
+    )
+
+
+def _finalize(value: Any) -> Any:
+    """What a reader sees of a value: numbers short, nothing hidden, a dash for nothing."""
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return "\u2013"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return number(value)
+    return visible(str(value))
+
+
+def _drawn(figure: Figure, identity: str) -> Markup:
+    assert not isinstance(figure, Picture)
+    return Markup(draw(figure, identity, describe(figure)))
+
+
+def _interval(estimate: Interval) -> dict[str, Any]:
+    """Value and bounds as text, and whether they make a bar."""
+    show = percent if estimate.unit == "share" else number
+    known = math.isfinite(estimate.low) and math.isfinite(estimate.high)
+    unit = "" if estimate.unit == "share" else estimate.unit
+    return {
+        "value": show(estimate.value),
+        "bounds": f"[{show(estimate.low)}, {show(estimate.high)}]" if known else "",
+        "unit": unit,
+        "bar": known and estimate.unit == "share" and math.isfinite(estimate.value),
+    }
+
+
+def _position(share: float) -> Markup:
+    """A share as a CSS length along a bar."""
+    return Markup(f"{100 * min(1.0, max(0.0, share)):.2f}%")
+
+
+def _cut(text: str) -> tuple[str, str, int]:
+    """(what is shown at once, what unfolds, how many characters are left out of the page)."""
+    if len(text) <= SHORT:
+        return text, "", 0
+    return text[:SHORT], text[SHORT:LONG], max(0, len(text) - LONG)

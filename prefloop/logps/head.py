@@ -72,11 +72,12 @@ def chunked(
     """
     if _is_plain_linear(head):
         assert isinstance(head.module, nn.Linear)
-        hidden, weight = _as_computed(hidden * head.scale, head.module.weight)
-        token, collision = _Fused.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden, weight, head.module.bias, target, with_collision
-        )
-        return token, collision
+        weight, bias = head.module.weight, head.module.bias
+        dtype = computing_dtype(hidden.device, weight.dtype)
+        hidden, weight = (hidden * head.scale).to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _Fused.apply(hidden, weight, bias, target, with_collision)
     size = _chunk_size(head.vocabulary)
     token, collision = [hidden.new_zeros(0, dtype=torch.float32)], []
     for start in range(0, len(target), size):
@@ -99,11 +100,10 @@ def _is_plain_linear(head: Head) -> bool:
     )
 
 
-def _as_computed(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the type their product is computed in: autocast's where it is on."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return hidden.to(dtype), weight.to(dtype)
+def computing_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """The type matrix products are computed in: autocast's where it is on."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else otherwise
 
 
 def _chunk_size(vocabulary: int) -> int:

@@ -1,27 +1,28 @@
-"""Rows of a forward pass: which tokens share a row, who sees whom, which rows are padded together.
+"""Which tokens share a line of a forward pass, and which comparisons go through together.
 
-A row holds a prompt and one or more of its responses:
+A `Row` is a prompt and one or more of its responses:
 
-    tokens      p p p p a a a b b b b . .      "." is padding, at the end
-    positions   0 1 2 3 4 5 6 4 5 6 7 0 0      they start again after the prompt
-    block       0 0 0 0 1 1 1 2 2 2 2 -1 -1    a token sees the prompt and its own block, backwards
+    tokens      p p p p a a a b b b b      a response follows the prompt, and sees it
+    positions   0 1 2 3 4 5 6 4 5 6 7      they start again after the prompt
+    segment     0 0 0 0 1 1 1 2 2 2 2      responses do not see each other
 
-To add a layout: write a function from a `Tokenized` to its rows; everything below works on rows.
+A `Sheet` is rows as tensors: one behind the other in a single line, or a line each and padded.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prefloop.types import Tokenized
+from prefloop.types import Tokenized, UserError
 
 PADDING = -1
-CALL = 64  # what starting one more forward pass costs, in padded tokens
-LONG = 2048  # rows longer than this count for more: their masks grow with the square
+CALL = 64  # what one more forward pass costs, in tokens
+LONG = 2048  # padded rows longer than this count for more: their masks grow with the square
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Row:
     length: int
 
 
-Layout: TypeAlias = Callable[[int, Tokenized], list[Row]]
+Rows: TypeAlias = Callable[[int, Tokenized], list[Row]]
 
 
 def shared(comparison: int, tokenized: Tokenized) -> list[Row]:
@@ -43,140 +44,171 @@ def shared(comparison: int, tokenized: Tokenized) -> list[Row]:
 
 
 def separate(comparison: int, tokenized: Tokenized) -> list[Row]:
-    """One row a response, the prompt in each: the plain way."""
+    """One row a response, the prompt in each."""
     return [
         Row(comparison, (place,), len(tokenized.prompt) + len(response))
         for place, response in enumerate(tokenized.responses)
     ]
 
 
-@dataclass(frozen=True)
-class Cheapest:
-    """`shared` or `separate`, whichever is estimated to cost less for this comparison.
-
-        cost of a row of L tokens = L + attention * L^2
-
-    counted twice over for the attention of shared rows, whose mask cannot skip the upper triangle.
-
-    Attributes:
-        attention: cost of attending to one token, in units of a token's own matrix products.
-    """
-
-    attention: float
-
-    def __call__(self, comparison: int, tokenized: Tokenized) -> list[Row]:
-        together, apart = shared(comparison, tokenized), separate(comparison, tokenized)
-        if len(apart) == 1:
-            return apart
-        cost_together = sum(row.length + 2 * self.attention * row.length**2 for row in together)
-        cost_apart = sum(row.length + self.attention * row.length**2 for row in apart)
-        return together if cost_together <= cost_apart else apart
-
-
 def buckets(
-    batch: Sequence[Tokenized], token_budget: int, layout: Layout = shared
+    batch: Sequence[Tokenized], token_budget: int, rows: Rows = shared, *, padded: bool = False
 ) -> list[list[int]]:
-    """Indices of the comparisons to send through the model together, shortest rows first.
+    """Indices of the comparisons to send through the model together, short ones first.
 
-    Every index is in exactly one bucket. The rows of a bucket, padded to its longest row, hold at
-    most `token_budget` tokens (padding counted; rows over 2048 tokens count for more); a
-    comparison that is larger than that is alone in its bucket. Among such partitions the one with
-    the least padding is taken. Depends on the lengths only.
+    Every index is in exactly one bucket. A bucket holds at most `token_budget` tokens (when
+    `padded`, padding counts, and so does length beyond 2048); a comparison that is larger than
+    that is alone in its bucket. Of such partitions the one with the least padding and the fewest
+    buckets is taken, a bucket being worth 64 tokens. Depends on the lengths only.
     """
     sizes = []
     for index, tokenized in enumerate(batch):
-        rows = layout(index, tokenized)
-        sizes.append((max(row.length for row in rows), len(rows)))
+        made = rows(index, tokenized)
+        longest = max(row.length for row in made)
+        sizes.append((longest, longest * len(made) if padded else sum(r.length for r in made)))
     order = sorted(range(len(batch)), key=lambda index: (sizes[index], index))
-    cuts = _best_cuts([sizes[index] for index in order], token_budget)
-    return [order[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    cuts = _best_cuts([sizes[index] for index in order], token_budget, padded)
+    return [order[start:end] for start, end in pairwise(cuts)]
 
 
-def _best_cuts(sizes: list[tuple[int, int]], token_budget: int) -> list[int]:
-    """Borders of the cheapest partition into runs; `sizes` are (length, rows), ascending."""
-    best = [0] + [0] * len(sizes)  # cost of the first k, and where their last run starts
-    start = [0] * (len(sizes) + 1)
+def _best_cuts(sizes: list[tuple[int, int]], token_budget: int, padded: bool) -> list[int]:
+    """Borders of the cheapest partition into runs; `sizes` are (longest row, tokens), ascending."""
+    costs = [0]  # of the first k comparisons; starts: where their last run begins
+    starts = [0]
     for end in range(1, len(sizes) + 1):
-        length = sizes[end - 1][0]
-        cost_best, rows = None, 0
+        longest = sizes[end - 1][0]
+        tokens, best, start = 0, None, end - 1
         for begin in range(end - 1, -1, -1):
-            rows += sizes[begin][1]
-            if begin < end - 1 and rows * length * max(1, length / LONG) > token_budget:
+            own_longest, own = sizes[begin]
+            tokens += own // own_longest * longest if padded else own
+            weight = max(1.0, longest / LONG) if padded else 1.0
+            if begin < end - 1 and tokens * weight > token_budget:
                 break
-            cost = best[begin] + rows * length + CALL
-            if cost_best is None or cost <= cost_best:
-                cost_best, start[end] = cost, begin
-        assert cost_best is not None
-        best[end] = cost_best
+            cost = costs[begin] + tokens + CALL
+            if best is None or cost <= best:
+                best, start = cost, begin
+        assert best is not None
+        costs.append(best)
+        starts.append(start)
     cuts = [len(sizes)]
     while cuts[-1] > 0:
-        cuts.append(start[cuts[-1]])
+        cuts.append(starts[cuts[-1]])
     return cuts[::-1]
 
 
 @dataclass(frozen=True)
-class Padded:
+class Sheet:
     """Rows of one forward pass as tensors, and where their log-probabilities belong.
 
     Attributes:
-        tokens, positions, block: as in the module's picture.
+        tokens, positions: as in the module's picture; R is 1 when the rows share a line.
+        segment: 0 in a prompt, k in its k-th response, -1 in padding.
+        pieces: (0 or k as in `segment`, length) of each prompt and response, in order.
         source: for each response token, the flat index into (R, L) of the token predicting it.
         target: the response token itself.
         place: where its log-probability goes, a flat index into (B, N, T).
-        plain: every row holds a single response, so an ordinary causal mask is right.
     """
 
     tokens: Int[Tensor, "R L"]
     positions: Int[Tensor, "R L"]
-    block: Int[Tensor, "R L"]
+    segment: Int[Tensor, "R L"]
+    pieces: list[tuple[int, int]]
     source: Int[Tensor, " M"]
     target: Int[Tensor, " M"]
     place: Int[Tensor, " M"]
-    plain: bool
 
 
-def pad(
-    batch: Sequence[Tokenized], rows: Sequence[Row], shape: tuple[int, int, int], pad_token: int = 0
-) -> Padded:
-    """Lay `rows` of `batch` out; `shape` is the (B, N, T) of the table they are scored into."""
+def lay(
+    batch: Sequence[Tokenized], rows: Sequence[Row], shape: tuple[int, int, int], *, padded: bool
+) -> Sheet:
+    """`rows` of `batch` as a sheet; `shape` is the (B, N, T) of the table they are scored into."""
     longest = max(row.length for row in rows)
-    tokens = torch.full((len(rows), longest), pad_token)
-    positions = torch.zeros((len(rows), longest), dtype=torch.long)
-    block = torch.full((len(rows), longest), PADDING)
-    source: list[int] = []
-    target: list[int] = []
-    place: list[int] = []
-    for index, row in enumerate(rows):
-        prompt = batch[row.comparison].prompt
-        ids, spots, owner = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for mark, response_place in enumerate(row.responses, start=1):
-            response = batch[row.comparison].responses[response_place]
-            if response:
-                first = index * longest + len(ids)
-                last_of_prompt = index * longest + len(prompt) - 1
-                source.extend([last_of_prompt, *range(first, first + len(response) - 1)])
-                target.extend(response)
-                corner = (row.comparison * shape[1] + response_place) * shape[2]
-                place.extend(range(corner, corner + len(response)))
-            ids.extend(response)
-            spots.extend(range(len(prompt), len(prompt) + len(response)))
-            owner.extend([mark] * len(response))
-        tokens[index, : row.length] = torch.tensor(ids)
-        positions[index, : row.length] = torch.tensor(spots)
-        block[index, : row.length] = torch.tensor(owner)
-    return Padded(
-        tokens=tokens,
-        positions=positions,
-        block=block,
-        source=torch.tensor(source, dtype=torch.long),
-        target=torch.tensor(target, dtype=torch.long),
-        place=torch.tensor(place, dtype=torch.long),
-        plain=all(len(row.responses) == 1 for row in rows),
+    line = _Line()
+    for row in rows:
+        tokenized = batch[row.comparison]
+        _refuse_nothing(tokenized)
+        start = len(line.tokens)
+        line.add(tokenized.prompt, 0, 0)
+        last_of_prompt = len(line.tokens) - 1
+        for segment, place in enumerate(row.responses, start=1):
+            response = tokenized.responses[place]
+            first = len(line.tokens)
+            line.source.extend([last_of_prompt, *range(first, first + len(response) - 1)])
+            line.target.extend(response)
+            corner = (row.comparison * shape[1] + place) * shape[2]
+            line.place.extend(range(corner, corner + len(response)))
+            line.add(response, segment, len(tokenized.prompt))
+        if padded:
+            line.fill(start + longest)
+    width = longest if padded else len(line.tokens)
+    return Sheet(
+        tokens=torch.tensor(line.tokens).reshape(-1, width),
+        positions=torch.tensor(line.positions).reshape(-1, width),
+        segment=torch.tensor(line.segment).reshape(-1, width),
+        pieces=line.pieces,
+        source=torch.tensor(line.source),
+        target=torch.tensor(line.target),
+        place=torch.tensor(line.place),
     )
 
 
+def table_shape(batch: Sequence[Tokenized]) -> tuple[int, int, int]:
+    """(B, N, T) of the table that `batch` is scored into."""
+    count = max(len(row.responses) for row in batch)
+    longest = max(len(response) for row in batch for response in row.responses)
+    return len(batch), count, longest
+
+
+def response_mask(batch: Sequence[Tokenized]) -> Bool[Tensor, "B N T"]:
+    """Where a response has a token."""
+    count, responses, longest = table_shape(batch)
+    lengths = torch.zeros((count, responses), dtype=torch.long)
+    for index, row in enumerate(batch):
+        lengths[index, : len(row.responses)] = torch.tensor([len(r) for r in row.responses])
+    return torch.arange(longest) < lengths.unsqueeze(-1)
+
+
+@dataclass
+class _Line:
+    """A sheet while it is written, flat."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    segment: list[int] = field(default_factory=list)
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    target: list[int] = field(default_factory=list)
+    place: list[int] = field(default_factory=list)
+
+    def add(self, tokens: Sequence[int], segment: int, position: int) -> None:
+        self.tokens.extend(tokens)
+        self.positions.extend(range(position, position + len(tokens)))
+        self.segment.extend([segment] * len(tokens))
+        self.pieces.append((segment, len(tokens)))
+
+    def fill(self, end: int) -> None:
+        missing = end - len(self.tokens)
+        self.tokens.extend([0] * missing)
+        self.positions.extend([0] * missing)
+        self.segment.extend([PADDING] * missing)
+
+
+def _refuse_nothing(tokenized: Tokenized) -> None:
+    if not tokenized.prompt:
+        raise UserError(
+            f"{tokenized.place or tokenized.id}: the prompt has no token, so nothing predicts the "
+            "first token of a response; a prompt needs at least one. Give a prompt, or a tokenizer "
+            "that adds a BOS token."
+        )
+    if not all(tokenized.responses):
+        raise UserError(
+            f"{tokenized.place or tokenized.id}: a response has no token; each needs at least one. "
+            "Drop the row, or end responses with an EOS token."
+        )
+
+
 def additive_mask(
-    block: Int[Tensor, "R L"],
+    segment: Int[Tensor, "R L"],
     positions: Int[Tensor, "R L"],
     dtype: torch.dtype,
     window: int | None = None,
@@ -187,12 +219,12 @@ def additive_mask(
     is fewer than `window` POSITIONS back: neighbours in a row may be far apart in the text.
     Padding sees the prompt and padding before it, so that no softmax is empty.
     """
-    length = block.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=block.device).tril()
-    keys = block.unsqueeze(1)
-    seen = causal & ((keys == 0) | (keys == block.unsqueeze(2)))
+    length = segment.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+    keys = segment.unsqueeze(1)
+    seen = causal & ((keys == 0) | (keys == segment.unsqueeze(2)))
     if window is not None:
         seen &= positions.unsqueeze(2) - positions.unsqueeze(1) < window
-        seen |= torch.eye(length, dtype=torch.bool, device=block.device)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=block.device)
+        seen |= torch.eye(length, dtype=torch.bool, device=segment.device)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)

@@ -1,121 +1,122 @@
-"""Model and rows to log-probabilities: the module that trainers and scores call."""
+"""Model and rows to log-probabilities: the module that trainers, scores and reports call."""
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from prefloop.logps.head import Head, LogpsOf, chunked
-from prefloop.logps.layout import Layout, Padded, additive_mask, buckets, pad, shared
+from prefloop.logps.check import difference, suitable
+from prefloop.logps.head import LogpsOf, chunked
+from prefloop.logps.layout import Sheet, buckets, lay, response_mask, table_shape
+from prefloop.logps.ways import FullLogits, OneARow, Way, causal_model, ladder
 from prefloop.types import Tokenized
+
+# Which way a model was found to take, so that it is asked once however many scorers it has.
+_known: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
 
 
 class Scorer(nn.Module):
+    """log p(y_t | x, y_<t) of every response token under a causal model, in nats, float32.
+
+    The prompt goes through the model once for all responses; only states that predict a response
+    token reach the output layer. On its first batch the scorer compares itself with the model's
+    own logits, and serves a model that cannot share prompts in a slower way, with one warning.
+
+    Args:
+        model: a causal model of transformers, or one with an adapter of peft's.
+        token_budget: tokens of one forward pass; None sends every batch through in one pass
+            (sharded training needs equally many passes on every process).
+        head: how log-probabilities are computed from states: `chunked`, or `exact` where second
+            derivatives are needed.
+        with_collision: also return log sum_v p(v)^2, without a gradient.
+        way: a way to force, unchecked; the fastest that suits the model when None.
+    """
+
     def __init__(
         self,
         model: nn.Module,
         *,
-        layout: Layout = shared,
         token_budget: int | None = 8192,
         head: LogpsOf = chunked,
         with_collision: bool = False,
+        way: Way | None = None,
     ):
         super().__init__()
         self.model = model
-        self.layout = layout
         self.token_budget = token_budget
         self.head = head
         self.with_collision = with_collision
+        self.way = way
 
     def forward(self, batch: Sequence[Tokenized]) -> tuple[Tensor, ...]:
+        """token (B, N, T), mask (B, N, T), and collision (B, N, T) if it was asked for."""
+        way = self.way_for(batch)
         shape = table_shape(batch)
-        base = causal_model(self.model)
-        device = base.device
-        hidden, target, place = [], [], []
-        for group in self.groups(batch):
-            rows = [row for index in group for row in self.layout(index, batch[index])]
-            padded = pad(batch, rows, shape)
-            hidden.append(predicting_states(base, padded))
-            target.append(padded.target)
-            place.append(padded.place)
-        token, collision = self.head(
-            model_head(base), torch.cat(hidden), torch.cat(target).to(device), self.with_collision
-        )
-        where = torch.cat(place).to(device)
-        tables = [spread(token, where, shape), response_mask(batch, shape, device)]
-        if collision is not None:
-            tables.append(spread(collision, where, shape))
-        return tuple(tables)
+        sheets = self.sheets(way, batch)
+        states = torch.cat([way.states(self.model, sheet) for sheet in sheets])
+        device = states.device
+        target = torch.cat([sheet.target for sheet in sheets]).to(device)
+        place = torch.cat([sheet.place for sheet in sheets]).to(device)
+        token, collision = self.head(way.head(self.model), states, target, self.with_collision)
+        tables = (_table(token, place, shape), response_mask(batch).to(device))
+        return tables if collision is None else (*tables, _table(collision, place, shape))
 
-    def groups(self, batch: Sequence[Tokenized]) -> list[list[int]]:
-        if self.token_budget is None:
-            return [list(range(len(batch)))]
-        return buckets(batch, self.token_budget, self.layout)
+    def way_for(self, batch: Sequence[Tokenized]) -> Way:
+        """The way this model is served; found out with `batch` if it was not yet."""
+        if self.way is None:
+            base = causal_model(self.model)
+            if base not in _known:
+                _known[base] = suitable(self.model, ladder(self.model), self.head, batch)
+            self.way = _known[base]
+        return self.way
 
-
-def table_shape(batch: Sequence[Tokenized]) -> tuple[int, int, int]:
-    """(B, N, T) of the table that `batch` is scored into."""
-    count = max(len(row.responses) for row in batch)
-    longest = max(len(response) for row in batch for response in row.responses)
-    return len(batch), count, longest
-
-
-def response_mask(
-    batch: Sequence[Tokenized], shape: tuple[int, int, int], device: torch.device
-) -> Bool[Tensor, "B N T"]:
-    """Where a response has a token."""
-    lengths = torch.zeros(shape[:2], dtype=torch.long)
-    for index, row in enumerate(batch):
-        lengths[index, : len(row.responses)] = torch.tensor([len(r) for r in row.responses])
-    return (torch.arange(shape[2]) < lengths.unsqueeze(-1)).to(device)
+    def sheets(self, way: Way, batch: Sequence[Tokenized]) -> list[Sheet]:
+        """`batch` as the forward passes it takes."""
+        shape = table_shape(batch)
+        groups = [list(range(len(batch)))]
+        if self.token_budget is not None:
+            groups = buckets(batch, self.token_budget, way.rows, padded=way.padded)
+        return [
+            lay(
+                batch,
+                [row for index in group for row in way.rows(index, batch[index])],
+                shape,
+                padded=way.padded,
+            )
+            for group in groups
+        ]
 
 
-def spread(
-    flat: Float[Tensor, " M"], place: Tensor, shape: tuple[int, int, int]
+def hidden_sums(scorer: Scorer, batch: Sequence[Tokenized]) -> Float[Tensor, "B N D"]:
+    """Sum over a response's tokens of the last hidden state that predicts each, float32.
+
+    States are the ones the output layer reads, after the final norm; 0 for a response that does
+    not exist.
+    """
+    way = scorer.way_for(batch)
+    way = OneARow() if isinstance(way, FullLogits) else way
+    count, responses, longest = table_shape(batch)
+    sums = torch.zeros(count * responses, 0)
+    for sheet in scorer.sheets(way, batch):
+        states = way.states(scorer.model, sheet).float()
+        if not sums.numel():
+            sums = states.new_zeros(count * responses, states.shape[-1])
+        sums = sums.index_add(0, (sheet.place // longest).to(states.device), states)
+    return sums.reshape(count, responses, -1)
+
+
+def verify(scorer: Scorer, batch: Sequence[Tokenized]) -> float:
+    """The largest difference, in nats, between a token's log-probability as `scorer` computes it
+    and by the model's own logits one response a row; over one or two comparisons of `batch`."""
+    _, largest = difference(scorer.model, scorer.way_for(batch), scorer.head, batch)
+    return largest
+
+
+def _table(
+    flat: Float[Tensor, " M"], place: Int[Tensor, " M"], shape: tuple[int, int, int]
 ) -> Float[Tensor, "B N T"]:
-    """The flat numbers at their places of a (B, N, T) table of zeros."""
+    """The flat numbers at their places of a table of zeros."""
     size = shape[0] * shape[1] * shape[2]
     return flat.new_zeros(size).index_copy(0, place, flat).reshape(shape)
-
-
-def causal_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside `model`: itself, or what an adapter wraps."""
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
-
-
-def model_head(base: PreTrainedModel) -> Head:
-    module = base.get_output_embeddings()
-    config = base.config.get_text_config()
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    return Head(module, config.vocab_size, scale, getattr(config, "final_logit_softcapping", None))
-
-
-def predicting_states(base: PreTrainedModel, padded: Padded) -> Float[Tensor, "M D"]:
-    """Last hidden states of the tokens that predict a response token, in the rows' order."""
-    device = base.device
-    if padded.plain:
-        seen = {}
-    else:
-        positions = padded.positions.to(device)
-        seen = {"position_ids": positions, "attention_mask": masks(base, padded, positions)}
-    hidden = base.base_model(
-        input_ids=padded.tokens.to(device), use_cache=False, **seen
-    ).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, padded.source.to(device))
-
-
-def masks(base: PreTrainedModel, padded: Padded, positions: Tensor) -> Tensor | dict[str, Tensor]:
-    config = base.config.get_text_config()
-    block = padded.block.to(positions.device)
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return additive_mask(block, positions, base.dtype, window)
-    made = {}
-    if "full_attention" in layer_types:
-        made["full_attention"] = additive_mask(block, positions, base.dtype)
-    if "sliding_attention" in layer_types:
-        made["sliding_attention"] = additive_mask(block, positions, base.dtype, window)
-    return made

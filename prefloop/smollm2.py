@@ -14,7 +14,7 @@ from pathlib import Path
 
 import platformdirs
 
-from prefloop.types import UserError
+from prefloop.errors import UserError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

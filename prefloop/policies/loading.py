@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefloop.errors import UserError
 from prefloop.policies.policy import DEFAULT_ADAPTER, Policy
 from prefloop.policies.settings import Lora
-from prefloop.types import UserError
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from prefloop.data import encoder
+from prefloop.errors import UserError
 from prefloop.logps import Scorer
 from prefloop.policies.settings import Lora
-from prefloop.types import Logps, Tokenized, UserError, score
+from prefloop.types import Logps, Tokenized, score
 
 DEFAULT_ADAPTER = "default"
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from prefloop.errors import UserError
 from prefloop.policies.policy import Policy
 from prefloop.policies.readers import Needs, Reader, readers
 from prefloop.policies.settings import Sampling
-from prefloop.types import UserError
 
 NUCLEUS = 1024  # likeliest tokens that are looked at first for top-p
 

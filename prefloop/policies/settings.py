@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from prefloop.types import UserError
+from prefloop.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

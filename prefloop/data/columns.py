@@ -145,5 +145,5 @@ def _joined(parts: Sequence[Any], place: str) -> str:
 
 
 def _listed(row: Mapping[str, Any]) -> str:
-    names = [str(key) for key in row]
+    names = [str(key) if str(key).isprintable() else repr(key) for key in row]
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "no column"

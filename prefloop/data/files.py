@@ -83,6 +83,27 @@ def read_prompts(source: str | Path, columns: Columns | None = None) -> list[Com
     return list(unique(found.values(), _raise))
 
 
+def read_row(source: str | Path, number: int, columns: Columns | None = None) -> Comparison:
+    """Row `number` of a file, counted from 1; bad rows before it count too.
+
+    Raises:
+        UserError: the row is bad, or there is no such row.
+    """
+    count = 0
+
+    def refuse(error: UserError) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            raise error
+
+    for row in iterate(source, columns, refuse):
+        count += 1
+        if count == number:
+            return row
+    raise UserError(f"{source}: there is no row {number}; it has {count:,}, counted from 1")
+
+
 def unique(comparisons: Iterable[Comparison], refuse: Refuse) -> Iterator[Comparison]:
     """`comparisons`, without those whose id another one had before: `refuse` gets their error."""
     places: dict[str, str] = {}

@@ -70,7 +70,7 @@ def answer(messages: Sequence[Mapping[str, str]], name: str, place: str) -> str:
     if roles != ["assistant"]:
         raise UserError(
             f"{place}: {name} must be one assistant message behind the prompt; found messages of "
-            f"{', '.join(roles) or 'no role'}. Several turns of response are not supported: move "
+            f"the roles {roles}. Several turns of response are not supported: move "
             "the shared turns into the prompt"
         )
     return messages[0]["content"]

@@ -72,7 +72,7 @@ def _located(source: str | Path) -> tuple[Path | None, str | None]:
     if colon and Path(folder).is_dir():
         return Path(folder), split
     known = _suffix(Path(source)) in FORMATS
-    if isinstance(source, Path) or known or not HUB_NAME.fullmatch(source):
+    if known or not HUB_NAME.fullmatch(str(source)):
         raise UserError(f"{source}: there is no such file or folder")
     return None, None
 

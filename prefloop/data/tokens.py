@@ -126,7 +126,7 @@ class Encoder:
             roles = ", ".join(message["role"] for message in prompt)
             raise UserError(
                 f"{where(comparison)}: the tokenizer's chat template refuses messages of roles "
-                f"{roles!r}: {error}. Change the messages, or take another model"
+                f"{roles!r}: {' '.join(str(error).split())}. Change the messages, or take another model"
             ) from None
 
     def encode(self, comparisons: Sequence[Comparison]) -> Iterator[Tokenized]:

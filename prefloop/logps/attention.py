@@ -64,8 +64,8 @@ def prefix_shared_attention(
 class _Masks:
     """Additive masks of one line: cut from two bands, one for prompts and one for responses."""
 
-    prompts: Float[Tensor, "Q K"]
-    responses: Float[Tensor, "Q K"]
+    prompts: Float[Tensor, "P P2"]
+    responses: Float[Tensor, "T T2"]
 
     def of(self, segment: int, length: int, seen: int) -> Float[Tensor, "1 1 Q K"]:
         """The mask of `length` queries that are the last of `seen` keys."""

@@ -50,7 +50,8 @@ def suitable(
         except torch.OutOfMemoryError:
             raise
         except REFUSALS as error:
-            found.append(f"{type(way).__name__} failed ({type(error).__name__}: {error})")
+            reason = (str(error).splitlines() or [""])[0]
+            found.append(f"{type(way).__name__} failed ({type(error).__name__}: {reason})")
             continue
         if gap <= tolerance:
             return _settled(way, model, found)

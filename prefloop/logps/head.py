@@ -152,8 +152,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's own stub is looser
+        ctx: Any, grad: Tensor, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if not ctx.train_head:
             (slope,) = ctx.saved_tensors
             return (slope * grad.unsqueeze(-1).to(slope.dtype), None, None, None, None)
@@ -177,7 +178,7 @@ class _Fused(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias -= table.float().T @ grad[some]
         grad_weight.index_add_(0, target, hidden.float() * grad.unsqueeze(-1))
-        if grad_bias is not None:
+        if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.index_add_(0, target, grad).to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
 

@@ -167,7 +167,7 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
         )
     if model.active_peft_config.is_prompt_learning:
         raise UserError(
-            f"adapter of type {model.active_peft_config.peft_type.value}: adapters that add tokens "
+            f"adapter of type {model.active_peft_config.peft_type}: adapters that add tokens "
             "to the prompt cannot share it; use one that changes weights, such as LoRA"
         )
     return model.get_base_model()  # pyright: ignore[reportReturnType] - a plain nn.Module to pyright
@@ -192,7 +192,7 @@ def _text_config(base: PreTrainedModel) -> PreTrainedConfig:
 
 def _layer_types(config: PreTrainedConfig) -> set[str]:
     """Kinds of attention layers, for models that want a mask for each kind; empty for others."""
-    types = set(getattr(config, "layer_types", None) or ())
+    types: set[str] = set(getattr(config, "layer_types", None) or [])
     if unknown := types - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layers of type {', '.join(sorted(unknown))} cannot share a prompt")
     return types

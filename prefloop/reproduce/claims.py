@@ -105,6 +105,16 @@ class Reproduction:
         return tuple(claim for claim in self.claims if claim.failed)
 
 
+def joined(name: str, parts: Sequence[Reproduction]) -> Reproduction:
+    """One reproduction from several parts of a paper, in order."""
+    return Reproduction(
+        name=name,
+        claims=tuple(claim for part in parts for claim in part.claims),
+        figures={stem: figure for part in parts for stem, figure in part.figures.items()},
+        tables=tuple(table for part in parts for table in part.tables),
+    )
+
+
 def near(
     name: str,
     measured: float,

@@ -1,0 +1,47 @@
+"""Figures of the reproductions: panels in one row, bars with errors, curves; no global state."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = ("#2b6cb0", "#dd6b20", "#718096", "#38a169", "#805ad5", "#c53030", "#b7791f", "#319795")
+
+
+def panels(titles: Sequence[str], height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure with one titled panel for each title, side by side."""
+    figure = Figure(figsize=(4.2 * len(titles), height), layout="constrained")
+    axes = list(figure.subplots(1, len(titles), squeeze=False)[0])
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title, fontsize=10)
+        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def bars(
+    ax: Axes, groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """Grouped bars: for each name of `series`, a (value, standard error) a group."""
+    width = 0.8 / len(series)
+    for place, (name, values) in enumerate(series.items()):
+        at = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        ax.bar(
+            at,
+            [value for value, _ in values],
+            width,
+            yerr=[error for _, error in values],
+            label=name,
+            color=COLORS[place % len(COLORS)],
+        )
+    ax.set_xticks(range(len(groups)), groups, fontsize=8)
+    ax.legend(fontsize=8, frameon=False)
+
+
+def curves(
+    ax: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], marker: str = ""
+) -> None:
+    """One line for each name of `series` over the same x."""
+    for place, (name, values) in enumerate(series.items()):
+        ax.plot(x, values, label=name, color=COLORS[place % len(COLORS)], marker=marker, ms=3)
+    ax.legend(fontsize=8, frameon=False)

@@ -14,10 +14,14 @@ from torch import Tensor
 
 from prefloop import selection
 from prefloop.objectives.family import PairLoss
+from prefloop.objectives.unpaired import KTO
 from prefloop.selection import preference_variance, reward_gap
-from prefloop.tabular import log_linear, pair_of
+from prefloop.tabular import as_logps, kl, log_linear, pair_of
 
 BATCH = 32
+
+TableLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(log pi (A, S, B, Y), chosen (A, S, B), rejected (A, S, B)) -> losses (A, S, B)."""
 
 
 class World(NamedTuple):
@@ -167,11 +171,44 @@ def batches(
     return kept.gather(1, orders)[:, : steps * BATCH].reshape(seeds, steps, BATCH)
 
 
+def on_pairs(objective: PairLoss) -> TableLoss:
+    """A pairwise objective, with the uniform start as its reference."""
+
+    def losses(logp: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+        uniform = torch.full_like(logp, -math.log(logp.shape[-1]))
+        at = (chosen.unsqueeze(-1), rejected.unsqueeze(-1))
+        return objective(pair_of(logp, *at), pair_of(uniform, *at)).reshape(chosen.shape)
+
+    return losses
+
+
+def on_both_responses(objective: KTO) -> TableLoss:
+    """KTO: the chosen response is good, the rejected one bad, z0 is the batch's exact KL.
+
+    A third, unlabelled response of every prompt carries that KL: its log-ratio is the expectation
+    under the policy. Every run has a batch, and so a z0, of its own.
+    """
+    label = torch.tensor([1, 0, -1])
+
+    def losses(logp: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+        uniform = torch.full_like(logp, -math.log(logp.shape[-1]))
+        expected = uniform[..., 0] + kl(logp, uniform).detach()
+        sides = [logp.gather(-1, at.unsqueeze(-1)).squeeze(-1) for at in (chosen, rejected)]
+        table = torch.stack([*sides, expected], -1)
+        runs = [
+            objective(as_logps(run), as_logps(base), label.expand(run.shape)).sum(-1)
+            for run, base in zip(table.flatten(0, 1), uniform[..., :3].flatten(0, 1), strict=True)
+        ]
+        return torch.stack(runs).reshape(chosen.shape)
+
+    return losses
+
+
 def train(
     world: World,
     labels: Labels,
     order: Int[Tensor, "A S steps batch"],
-    objective: PairLoss,
+    objective: TableLoss,
     rate: Float[Tensor, "A 1 1"] | float,
 ) -> Outcome:
     """Gradient descent on all arms and seeds at once, through the objective, then evaluation."""
@@ -179,17 +216,12 @@ def train(
     weight = torch.zeros((runs, seeds, world.features.shape[-1]), dtype=torch.float64)
     weight.requires_grad_()
     at_seed = torch.arange(seeds).view(1, -1, 1)
-    uniform = torch.full((1,), -math.log(world.features.shape[2]), dtype=torch.float64)
     losses = torch.zeros((steps, runs, seeds), dtype=torch.float64)
     for step in range(steps):
         prompts = order[:, :, step]
         logits = log_linear(world.features[at_seed, prompts], weight.unsqueeze(-2))
-        chosen, rejected = (
-            side.expand(runs, -1, -1).gather(-1, prompts).unsqueeze(-1) for side in labels
-        )
-        policy = pair_of(logits.log_softmax(-1), chosen, rejected)
-        reference = pair_of(uniform.expand(logits.shape), chosen, rejected)
-        loss = objective(policy, reference).reshape(prompts.shape).mean(-1)
+        pair = (side.expand(runs, -1, -1).gather(-1, prompts) for side in labels)
+        loss = objective(logits.log_softmax(-1), *pair).mean(-1)
         slope = torch.autograd.grad(loss.sum(), weight)[0]
         with torch.no_grad():
             weight.sub_(rate * slope)
@@ -218,7 +250,7 @@ def evaluate(
 def compare_arms(
     rng: torch.Generator,
     world: World,
-    objective: PairLoss,
+    objective: TableLoss,
     rates: tuple[float, ...],
     labelling: str,
     noise: float = 0.0,
@@ -248,7 +280,7 @@ def compare_arms(
 def tenth_against_all(
     rng: torch.Generator,
     world: World,
-    objective: PairLoss,
+    objective: TableLoss,
     biases: tuple[float, ...],
     steps: int = 400,
 ) -> Mapping[str, Float[Tensor, "bias S"]]:
@@ -310,7 +342,7 @@ def overlap_with_truth(
     return by_variance, by_gap
 
 
-def fidelity(rng: torch.Generator, samples: int, prompts: int = 4000) -> tuple[float, float]:
+def fidelity(rng: torch.Generator, samples: int, prompts: int = 40000) -> tuple[float, float]:
     """Spearman correlation of estimated with true PVar, and overlap of the upper halves."""
     spread = (0.8 * torch.randn(prompts, generator=rng, dtype=torch.float64)).exp()
     scores = preference_variance(spread.unsqueeze(-1) * _normal(rng, (prompts, samples)))

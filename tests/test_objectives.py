@@ -1,58 +1,43 @@
-"""Objectives against numbers worked out by hand, and against laws they must all obey."""
+"""Objectives against numbers worked out by hand."""
 
+import math
+
+import pytest
 import torch
+from objective_cases import CASES
 from torch.testing import assert_close
 
-from prefloop.objectives import ALL, DPO, IPO, SFT, BestOfN, Hinge, PlackettLuce, SimPO
-from prefloop.types import Judgement, Logps, Pair
+from prefloop import objectives
 
 
-def logps(*rows: list[float]) -> Logps:
-    """One response per row; shorter rows are padded, as a collator would."""
-    width = max(map(len, rows))
-    token = torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
-    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    return Logps(token, mask)
+def name(case) -> str:
+    return repr(case.objective) if hasattr(case, "objective") else ""
 
 
-# Fixture F of the equations: sums -4 and -6 against -5 and -5, four and two tokens, so that
-# h = (1, -1), d = 2, means of the policy (-1, -3), log-ratios per token (0.25, -0.5).
-POLICY = Pair(logps([-1.0] * 4), logps([-3.0, -3.0]))
-REFERENCE = Pair(logps([-1.25] * 4), logps([-2.5, -2.5]))
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_loss_is_the_number_worked_out_by_hand(case):
+    found = case.world.losses(case.objective).tolist()
+    assert len(found) == len(case.losses)
+    for loss, expected in zip(found, case.losses, strict=True):
+        assert expected is None or loss == pytest.approx(expected, abs=1.5e-6, rel=1e-6)
 
 
-def test_the_core_losses_on_fixture_f():
-    def loss(objective):
-        return objective(POLICY, REFERENCE).item()
-
-    assert_close(loss(DPO(beta=0.1)), 0.598139, atol=1e-6, rtol=0)  # log(1 + e^-0.2)
-    assert_close(loss(Hinge(beta=0.1)), 0.8)  # 1 - 0.2
-    assert_close(loss(IPO(beta=0.1, log_ratios="sum")), 9.0)  # (2 - 5)^2
-    assert_close(loss(IPO(beta=0.1)), 18.0625)  # (0.75 - 5)^2
-    assert_close(loss(SimPO(beta=2.0, gamma=1.0)), 0.048587, atol=1e-6, rtol=0)  # log(1 + e^-3)
-    assert_close(loss(SFT()), 1.0)
-    assert_close(loss(SFT(log_likelihood="sum")), 4.0)
+@pytest.mark.parametrize("case", [case for case in CASES if case.gradient], ids=name)
+def test_slope_is_the_number_worked_out_by_hand(case):
+    gradient = case.world.gradient(case.objective)
+    expected = torch.tensor(case.gradient, dtype=torch.float64).unsqueeze(-1)
+    expected = expected.expand_as(gradient) * case.world.policy.mask
+    tolerance = 5.1e-5 if isinstance(case.objective, objectives.EXO) else 1.5e-6
+    assert_close(gradient, expected, atol=tolerance, rtol=0)
 
 
-def test_every_objective_gives_one_finite_loss_a_comparison():
-    token = -torch.rand(2, 3, 4, dtype=torch.float64)
-    policy = Logps(token, torch.ones(2, 3, 4, dtype=torch.bool))
-    judgement = Judgement(
-        rank=torch.tensor([[1, 2, 3], [2, 2, 1]]),
-        scores=torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.5, 2.0]]),
-        label=torch.tensor([[1, 0, 0], [0, 0, 1]]),
-        weight=torch.ones(2),
+def test_every_objective_has_a_row():
+    assert {type(case.objective) for case in CASES} == set(objectives.ALL)
+
+
+def test_dpo_at_the_reference_is_log_two():
+    case = CASES[0]
+    losses = case.objective.per_comparison(
+        case.world.reference, case.world.reference, case.world.judged
     )
-    for objective in ALL:
-        losses = objective().per_comparison(policy, policy, judgement)
-        assert losses.shape == (2,)
-        assert losses.isfinite().all()
-
-
-def test_two_responses_make_plackett_luce_and_best_of_n_equal_to_dpo():
-    policy = Logps(torch.tensor([[[-4.0], [-6.0]]]), torch.ones(1, 2, 1, dtype=torch.bool))
-    reference = Logps(torch.full((1, 2, 1), -5.0), policy.mask)
-    rank = torch.tensor([[1, 2]])
-    expected = torch.tensor([0.598139])
-    assert_close(PlackettLuce()(policy, reference, rank), expected)
-    assert_close(BestOfN()(policy, reference, rank), expected)
+    assert losses.item() == pytest.approx(math.log(2))

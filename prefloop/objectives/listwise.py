@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prefloop.objectives.family import Listwise, log_ratio, positive, require
+from prefloop.objectives.checks import positive, require
+from prefloop.objectives.family import Listwise, log_ratio
 from prefloop.types import Logps, PerComparison, PerResponse, UserError
 
 __all__ = ["BestOfN", "PlackettLuce", "TopK"]

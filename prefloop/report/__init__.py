@@ -1,8 +1,8 @@
 """Run folders -> one self-contained HTML page.
 
-    run           the files of a run, read back        section   what a page is made of
-    pages/        runs -> sections                     drawing   figures -> SVG
-    page          sections -> HTML                     words     numbers and text to read
+run           the files of a run, read back        section   what a page is made of
+pages/        runs -> sections                     drawing   figures -> SVG
+page          sections -> HTML                     words     numbers and text to read
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,17 +35,24 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 def report(folders: Sequence[Path]) -> str:
     """The page of `write_report` as text; the same files give the same text."""
     runs = read_runs([Path(folder) for folder in folders])
-    title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
-    return render(title, _subtitle(runs), list(sections(runs)))
+    return render(_title(runs), _subtitle(runs), list(sections(runs)))
+
+
+def _title(runs: Sequence[Run]) -> str:
+    names = [run.name for run in runs]
+    if len(names) > 3:
+        return f"{len(names)} runs"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
     """What was trained on what, of a single run."""
     if len(runs) > 1:
-        return f"{len(runs)} runs side by side" if len(runs) < 4 else ""
+        return "side by side" if len(runs) <= 3 else ", ".join(run.name for run in runs)
     config = runs[0].config
     settings: Any = config.get("settings", {})
     parts = [f"prefloop {config['command']}"] if "command" in config else []
     if isinstance(settings, Mapping):
-        parts += [str(settings[key]) for key in ("model", "data", "objective") if key in settings]
+        told = [settings.get(key) for key in ("model", "data", "objective")]
+        parts += [value for value in told if isinstance(value, str)]
     return " \u00b7 ".join(parts)

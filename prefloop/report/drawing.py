@@ -7,6 +7,7 @@ same figure gives the same text, byte for byte, and its ids are its own.
 import warnings
 from functools import singledispatch
 from io import StringIO
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -14,9 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from prefloop.report.section import Heatmap, Histogram, Lines, Scatter, Series
+from prefloop.report.section import Heatmap, Histogram, Key, Lines, Scatter, Series
 from prefloop.report.words import number, shorten, visible
 
 PALETTE = 8
@@ -26,11 +27,11 @@ SERIES = tuple(f"#0a0b1{index}" for index in range(PALETTE))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", SURFACE: "--surface"} | {
     colour: f"--series-{index}" for index, colour in enumerate(SERIES)
 }
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
-    "font.size": 8.5,
+    "font.size": 9.5,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
     "axes.spines.top": False,
@@ -58,7 +59,7 @@ LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def draw(figure: Lines | Scatter | Heatmap | Histogram, identity: str, description: str) -> str:
-    """The figure as an inline <svg>; `identity` starts every id in it, `description` is read out."""
+    """The figure as an inline <svg>; `identity` starts every id, `description` is read out."""
     with (
         matplotlib.rc_context({**STYLE, "svg.hashsalt": identity}),
         warnings.catch_warnings(),
@@ -75,23 +76,36 @@ def draw(figure: Lines | Scatter | Heatmap | Histogram, identity: str, descripti
     return _inline(text.getvalue(), identity, figure.title, description)
 
 
-def legend(figure: Lines | Scatter | Heatmap | Histogram) -> list[tuple[str, int, bool]]:
-    """(name, colour, dashed) of what the reader has to tell apart; none for a single line."""
+def legend(figure: Lines | Scatter | Heatmap | Histogram) -> tuple[Key, ...]:
+    """What the reader has to tell apart; nothing for a single line."""
+    if isinstance(figure, Lines | Scatter) and figure.keys is not None:
+        return figure.keys
     if isinstance(figure, Lines):
-        entries = [
-            (series.name, _colour(index, series.colour), series.dashed)
+        keys = tuple(
+            Key(
+                name=series.name,
+                colour=_colour(index, series.colour),
+                mark=f"{'dashed' * series.dashed} {'dotted' * series.marks}",
+            )
             for index, series in enumerate(figure.series)
             if not series.faint
-        ]
-        return entries if len(entries) > 1 else []
+        )
+        return keys if len(keys) > 1 else ()
     if isinstance(figure, Scatter):
-        return [
-            (point.name, _colour(index, point.colour), False)
+        return tuple(
+            Key(
+                name=point.name,
+                colour=_colour(index, point.colour),
+                mark="hollow" if point.hollow else "dot",
+            )
             for index, point in enumerate(figure.points)
-        ]
+        )
     if isinstance(figure, Histogram) and figure.cut is not None:
-        return [("at or above the cut", 0, False), ("below", 6, False)]
-    return []
+        return (
+            Key(name="at or above the cut", colour=0, mark="block"),
+            Key(name="below", colour=6, mark="block"),
+        )
+    return ()
 
 
 def describe(figure: Lines | Scatter | Heatmap | Histogram) -> str:
@@ -150,7 +164,7 @@ def _(figure: Lines, axes: Axes) -> None:
             linewidth=0.8 if series.faint else 1.7,
             alpha=0.35 if series.faint else 1,
             marker="o" if marks else "",
-            markersize=4,
+            markersize=5,
             markeredgecolor=SURFACE,
             markeredgewidth=0.8,
         )
@@ -159,9 +173,11 @@ def _(figure: Lines, axes: Axes) -> None:
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if figure.log_y and any(value > 0 for series in figure.series for value in series.y):
         axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter(lambda value, place: number(value, 2))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=_whole(figure)))
+        axes.yaxis.set_major_locator(_ticks(5))
+    axes.xaxis.set_major_locator(_ticks(6, whole=_whole(figure)))
     axes.set(xlabel=_label(figure.x_label, 60), ylabel=_label(figure.y_label, 40))
 
 
@@ -177,13 +193,15 @@ def _(figure: Scatter, axes: Axes) -> None:
             fmt="o",
             color=colour,
             markersize=7,
-            markeredgecolor=SURFACE,
+            markerfacecolor=SURFACE if point.hollow else colour,
+            markeredgecolor=colour,
+            markeredgewidth=1.4,
             elinewidth=1.2,
             capsize=3,
         )
     axes.margins(0.15)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(_ticks(6))
+    axes.yaxis.set_major_locator(_ticks(5))
     axes.set(xlabel=_label(figure.x_label, 60), ylabel=_label(figure.y_label, 40))
 
 
@@ -191,7 +209,7 @@ def _(figure: Scatter, axes: Axes) -> None:
 def _(figure: Histogram, axes: Axes) -> None:
     values = np.array([value for value in figure.values if np.isfinite(value)])
     axes.grid(visible=False, axis="x")
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(_ticks(5, whole=True))
     axes.set(xlabel=_label(figure.x_label, 60), ylabel="count")
     if not len(values):
         return
@@ -213,7 +231,9 @@ def _(figure: Histogram, axes: Axes) -> None:
 
 @_fill.register
 def _(figure: Heatmap, axes: Axes) -> None:
-    values = np.ma.masked_invalid(np.array(figure.values, dtype=float).reshape(len(figure.rows), -1))
+    values = np.ma.masked_invalid(
+        np.array(figure.values, dtype=float).reshape(len(figure.rows), -1)
+    )
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     small = values.size <= VECTOR_CELLS
@@ -232,10 +252,14 @@ def _(figure: Heatmap, axes: Axes) -> None:
     for (row, column), value in np.ndenumerate(values):
         if value is np.ma.masked:
             continue
-        dark = mesh.norm(value) > 0.45 and values.min() < values.max()
+        dark = float(mesh.norm(value)) > 0.45 and values.min() < values.max()
         ink = "#ffffff" if dark else "#14245c"
         label = number(float(value), digits=3)
         axes.text(column + 0.5, row + 0.5, label, ha="center", va="center", color=ink, size=7.5)
+
+
+def _ticks(count: int, whole: bool = False) -> MaxNLocator:
+    return MaxNLocator(count, integer=whole, steps=[1, 2, 2.5, 5, 10])
 
 
 def _label(text: str, length: int) -> str:
@@ -273,7 +297,9 @@ def _name_ticks(axes: Axes, axis: str, names: tuple[str, ...]) -> None:
         axes.set_yticks(places + 0.5, labels)
         return
     slanted = sum(map(len, labels)) > 40
-    axes.set_xticks(places + 0.5, labels, rotation=30 if slanted else 0, ha="right" if slanted else "center")
+    axes.set_xticks(
+        places + 0.5, labels, rotation=30 if slanted else 0, ha="right" if slanted else "center"
+    )
 
 
 def _inline(text: str, identity: str, title: str, description: str) -> str:

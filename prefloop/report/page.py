@@ -15,7 +15,7 @@ from prefloop.report.drawing import describe, draw, legend
 from prefloop.report.section import Figure, Interval, Picture, Section
 from prefloop.report.words import number, percent, visible
 
-SHORT = 600
+SHORT = 450
 """Characters of a text shown at once; the rest unfolds."""
 LONG = 20_000
 """Characters of a text in the page at all."""
@@ -32,10 +32,10 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {
-        "Interval": Interval,
         "kind": lambda value: type(value).__name__,
+        "is_number": lambda cell: isinstance(cell, int | float) and not isinstance(cell, bool),
         "drawn": _drawn,
-        "legend": lambda figure: [] if isinstance(figure, Picture) else legend(figure),
+        "legend": lambda figure: () if isinstance(figure, Picture) else legend(figure),
         "interval": _interval,
         "position": _position,
         "cut": _cut,
@@ -84,6 +84,8 @@ def _position(share: float) -> Markup:
 
 def _cut(text: str) -> tuple[str, str, int]:
     """(what is shown at once, what unfolds, how many characters are left out of the page)."""
-    if len(text) <= SHORT:
+    if len(text) <= SHORT + SHORT // 10:  # a few characters more are not worth a click
         return text, "", 0
-    return text[:SHORT], text[SHORT:LONG], max(0, len(text) - LONG)
+    space = text.rfind(" ", SHORT // 2, SHORT)
+    head = SHORT if space < 0 else space
+    return text[:head], text[head:LONG], max(0, len(text) - LONG)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefloop.report.section import Section, read_section
+from prefloop.report.section import Section
+from prefloop.report.section_json import read_section
 from prefloop.runs import read_json, read_jsonl
 from prefloop.types import UserError
 
@@ -76,9 +77,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
     if len(set(whole)) < len(whole):
         raise UserError("the same run folder is given twice; give each run once")
     names = _names(whole)
-    return tuple(
-        _read_run(Path(folder), name) for folder, name in zip(folders, names, strict=True)
-    )
+    return tuple(_read_run(Path(folder), name) for folder, name in zip(folders, names, strict=True))
 
 
 def rows_of(path: Path) -> Iterator[Mapping[str, Any]]:

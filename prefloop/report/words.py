@@ -9,7 +9,9 @@ HIDDEN = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF
 
 def number(value: float, digits: int = 4) -> str:
     """A number in `digits` significant digits, as short as it goes; NaN and infinities by name."""
-    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e15):
+    if isinstance(value, int) or (
+        math.isfinite(value) and value == int(value) and abs(value) < 1e15
+    ):
         whole = int(value)
         return f"{whole:,}".replace(",", "\u202f").replace("-", "\u2212")
     if not math.isfinite(value):

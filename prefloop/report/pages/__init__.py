@@ -1,8 +1,8 @@
 """The pages of a report, in reading order.
 
-A page is a function from the runs to a section, or None where the runs have nothing for it. To add
+A page is a function from the runs to sections, none where the runs have nothing for it. To add
 one that every run may have: a file here, and a row in `PAGES`. A stage that wants a page of its own
-writes a `*.section.json` instead (`prefloop.report.section`) and changes nothing here.
+writes a `*.section.json` instead (`prefloop.report.section_json`) and changes nothing here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from prefloop.report.pages.results import results, reward_against_kl
 from prefloop.report.pages.selection import selection
 from prefloop.report.pages.settings import absent, settings
 from prefloop.report.pages.training import training
-from prefloop.report.pages.verdict import verdict
+from prefloop.report.pages.verdict import diagnosis, verdict
 from prefloop.report.pages.written import written
 from prefloop.report.run import Run
 from prefloop.report.section import Section
@@ -21,12 +21,13 @@ from prefloop.report.section import Section
 PAGES: tuple[Callable[[Sequence[Run]], Sequence[Section]], ...] = (
     results,
     verdict,
-    reproduction,
-    training,
-    selection,
     reward_against_kl,
-    answers,
+    training,
+    diagnosis,
+    reproduction,
+    selection,
     written,
+    answers,
     settings,
     absent,
 )

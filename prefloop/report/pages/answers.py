@@ -18,16 +18,16 @@ def answers(runs: Sequence[Run]) -> list[Section]:
         rows = list(run.rows("samples.jsonl"))
         if not rows:
             continue
-        title = "Answers before and after" if len(runs) == 1 else f"Answers of {run.name}"
         chosen = _chosen(rows)
-        lead = "" if len(chosen) == len(rows) else f"{len(chosen)} of {len(rows)} prompts are shown."
-        found.append(
-            Section(
-                title=title,
-                lead=lead,
-                answers=tuple(_side_by_side(rows[place], why) for place, why in chosen),
-            )
+        lead = (
+            "" if len(chosen) == len(rows) else f"{len(chosen)} of {len(rows)} prompts are shown."
         )
+        part = Section(
+            title="Answers before and after",
+            lead=lead,
+            answers=tuple(_side_by_side(rows[place], why) for place, why in chosen),
+        )
+        found.append(part.under(run.name, runs))
     return found
 
 

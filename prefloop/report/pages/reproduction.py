@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.report.run import Run
-from prefloop.report.section import Picture, Section, Table, table
+from prefloop.report.section import Picture, Section, Table
+from prefloop.report.section_json import table
 from prefloop.types import UserError
 
 KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -70,4 +71,6 @@ def _picture(folder: Path, file: str) -> Picture:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file, but reproduction.json names it")
     data = base64.b64encode(path.read_bytes()).decode()
-    return Picture(title=path.stem.replace("_", " "), url=f"data:{KINDS[path.suffix]};base64,{data}")
+    return Picture(
+        title=path.stem.replace("_", " "), url=f"data:{KINDS[path.suffix]};base64,{data}"
+    )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefloop.report.run import Run
-from prefloop.report.section import Interval, Point, Scatter, Section, Table
+from prefloop.report.section import Interval, Key, Point, Scatter, Section, Table
 from prefloop.types import UserError
 
 CARDS = 4
@@ -28,7 +28,7 @@ def results(runs: Sequence[Run]) -> list[Section]:
                 title="Results",
                 cards=cards,
                 tables=(Table(columns=("measure", "value", "n"), rows=rows),),
-                paragraphs=(NOTE,),
+                note=NOTE,
             )
         ]
     rows = tuple(
@@ -36,7 +36,7 @@ def results(runs: Sequence[Run]) -> list[Section]:
         for name in names
     )
     table = Table(columns=("measure", *measured), rows=rows)
-    return [Section(title="Results", tables=(table,), paragraphs=(NOTE,))]
+    return [Section(title="Results", tables=(table,), note=NOTE)]
 
 
 NOTE = (
@@ -59,6 +59,7 @@ def reward_against_kl(runs: Sequence[Run]) -> list[Section]:
                     x_error=_number(row, "kl_se", run),
                     y_error=_number(row, "reward_se", run),
                     colour=order if len(runs) == 1 else index,
+                    hollow=name == "reference",
                 )
             )
     if not points:
@@ -69,14 +70,22 @@ def reward_against_kl(runs: Sequence[Run]) -> list[Section]:
         y_label="mean reward",
         points=tuple(points),
         note="Bars are one standard error to each side.",
+        keys=None if len(runs) == 1 else _run_keys(runs, points),
     )
     return [
         Section(
             title="Reward against KL",
-            paragraphs=("What the policy gained, against how far it moved from its reference.",),
+            note="What the policy gained, against how far it moved from its reference.",
             figures=(figure,),
         )
     ]
+
+
+def _run_keys(runs: Sequence[Run], points: Sequence[Point]) -> tuple[Key, ...]:
+    keys = [Key(name=run.name, colour=place, mark="dot") for place, run in enumerate(runs)]
+    if any(point.hollow for point in points):
+        keys.append(Key(name="reference", mark="hollow"))
+    return tuple(keys)
 
 
 def _estimates(run: Run) -> dict[str, tuple[Interval, int | None]]:

@@ -5,7 +5,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from prefloop.report.pages.answers import prompt_text
 from prefloop.report.run import Run
@@ -14,22 +14,20 @@ from prefloop.report.words import number, shorten
 
 ENDS = 3
 SCORE = "pvar"
+Entry: TypeAlias = tuple[float, int, Mapping[str, Any]]
 
 
 def selection(runs: Sequence[Run]) -> list[Section]:
     """One section for each run that selected, since their cuts differ."""
-    found = []
-    for run in runs:
-        if "selected.jsonl" not in run.absent:
-            title = "Selection" if len(runs) == 1 else f"Selection in {run.name}"
-            found.append(_of_run(run, title))
-    return found
+    return [
+        _of_run(run).under(run.name, runs) for run in runs if "selected.jsonl" not in run.absent
+    ]
 
 
-def _of_run(run: Run, title: str) -> Section:
+def _of_run(run: Run) -> Section:
     scores, reasons, kept, total = array("d"), Counter(), 0, 0
-    ends: list[tuple[float, int, Mapping[str, Any]]] = []
-    starts: list[tuple[float, int, Mapping[str, Any]]] = []
+    highest: list[Entry] = []
+    lowest: list[Entry] = []
     for total, row in enumerate(run.rows("selected.jsonl"), start=1):
         keeps = bool(row.get("kept", True))
         kept += keeps
@@ -37,37 +35,30 @@ def _of_run(run: Run, title: str) -> Section:
         score = row.get(SCORE)
         if isinstance(score, int | float) and math.isfinite(score):
             scores.append(score)
-            _keep(ends, (score, -total, row))
-            _keep(starts, (-score, -total, row))
+            _keep(highest, (score, -total, row))
+            _keep(lowest, (-score, -total, row))
     cut = _cut(run.selection)
-    figures = ()
-    if scores:
-        figures = (
-            Histogram(
-                title="Preference variance of the prompts",
-                x_label="PVar",
-                values=tuple(scores),
-                cut=cut,
-                note=_unscored(total - len(scores)),
-            ),
-        )
     rule = run.selection.get("rule")
-    lead = f"{kept} of {total} prompts were kept" + (f" by the rule {rule}." if rule else ".")
     why = tuple((what, reason, count) for (what, reason), count in reasons.most_common())
+    tables = [Table(title="Why", columns=("decision", "reason", "prompts"), rows=why)]
+    if scores:
+        tables += [_examples("Highest", highest), _examples("Lowest", lowest)]
+    histogram = Histogram(
+        title="Preference variance of the prompts",
+        x_label="PVar",
+        values=tuple(scores),
+        cut=cut,
+        note=_unscored(total - len(scores)),
+    )
     return Section(
-        title=title,
-        lead=lead,
-        tables=(
-            *(_examples(name, rows) for name, rows in (("Highest", ends), ("Lowest", starts))),
-            Table(title="Why", columns=("decision", "reason", "prompts"), rows=why),
-        )
-        if scores
-        else (Table(title="Why", columns=("decision", "reason", "prompts"), rows=why),),
-        figures=figures,
+        title="Selection",
+        lead=f"{kept} of {total} prompts were kept" + (f" by the rule {rule}." if rule else "."),
+        tables=tuple(tables),
+        figures=(histogram,) if scores else (),
     )
 
 
-def _keep(heap: list, entry: tuple[float, int, Mapping[str, Any]]) -> None:
+def _keep(heap: list[Entry], entry: Entry) -> None:
     """Hold the `ENDS` largest entries; their second place is unique, so rows are not compared."""
     if len(heap) < ENDS:
         heapq.heappush(heap, entry)
@@ -75,13 +66,13 @@ def _keep(heap: list, entry: tuple[float, int, Mapping[str, Any]]) -> None:
         heapq.heappushpop(heap, entry)
 
 
-def _examples(name: str, heap: list[tuple[float, int, Mapping[str, Any]]]) -> Table:
+def _examples(name: str, heap: list[Entry]) -> Table:
     rows = tuple(
-        (number(float(row[SCORE])), shorten(prompt_text(row.get("prompt")), 160), _rewards(row))
+        (shorten(prompt_text(row.get("prompt")), 160), _rewards(row), float(row[SCORE]))
         for _, _, row in sorted(heap, reverse=True)
     )
     return Table(
-        title=f"{name} preference variance", columns=("PVar", "prompt", "rewards"), rows=rows
+        title=f"{name} preference variance", columns=("prompt", "rewards", "PVar"), rows=rows
     )
 
 

@@ -53,7 +53,7 @@ def absent(runs: Sequence[Run]) -> list[Section]:
     return [
         Section(
             title="Not in this report",
-            paragraphs=("A run folder need not have every file; these are not there.",),
+            note="A run folder need not have every file; these are not there.",
             tables=(Table(columns=columns[:drop], rows=tuple(row[:drop] for row in rows)),),
         )
     ]

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from prefloop.report.run import Run
-from prefloop.report.section import Lines, Section, Series, Table
-from prefloop.report.words import number
+from prefloop.report.section import Key, Lines, Section, Series, Table
 
 CURVES = (
     ("Loss", "loss per comparison", (("loss", ""),)),
@@ -27,6 +28,8 @@ MORE = 24
 NOISY = 60  # points above which a running mean is drawn over the raw curve
 DENSE = 400  # points that a figure can show
 WINDOWS = 20
+HELD_OUT = 2  # colour of held-out values where nothing else needs colours
+MARKED = 40  # held-out values that get a dot each
 
 
 def training(runs: Sequence[Run]) -> list[Section]:
@@ -48,17 +51,17 @@ def training(runs: Sequence[Run]) -> list[Section]:
     )
     figures += [_curve(name, "", ((name, ""),), runs) for name in others[:MORE]]
     left = len(others) - MORE
-    paragraphs = [
+    note = (
         "Rewards are beta log policy / reference; the margin is chosen minus rejected. A log-"
         "probability of the chosen answers that falls means that they became less likely, even "
         "where the margin grows."
-    ]
+    )
     if left > 0:
-        paragraphs.append(f"{left} more metrics were logged and are not drawn.")
+        note += f" {left} more metrics were logged and are not drawn."
     return [
         Section(
             title="Training",
-            paragraphs=tuple(paragraphs),
+            note=note,
             tables=(_glance(runs),),
             figures=tuple(figure for figure in figures if figure is not None),
         )
@@ -68,35 +71,61 @@ def training(runs: Sequence[Run]) -> list[Section]:
 def _curve(
     title: str, unit: str, group: Sequence[tuple[str, str]], runs: Sequence[Run]
 ) -> Lines | None:
-    """One figure: every run, every metric of the group, in training and held out."""
+    """One figure: every run, every metric of the group, in training and held out.
+
+    Of one run the colour tells the metric, of several the run.
+    """
     series: list[Series] = []
     notes: list[str] = []
+    single, alone = len(runs) == 1, len(runs) == len(group) == 1
     for place, run in enumerate(runs):
         for order, (metric, role) in enumerate(group):
-            colour = order if len(runs) == 1 else place
             for prefix, kind in (("", "training"), ("eval_", "held out")):
                 x, y = run.metric(prefix + metric)
                 if not x:
                     continue
-                _note_gaps(notes, y, prefix + metric, run.name if len(runs) > 1 else "")
-                name = _name(run.name if len(runs) > 1 else "", role, kind)
-                shown = Series(
-                    name=name,
+                _note_gaps(notes, y, prefix + metric, "" if single else run.name)
+                line = Series(
+                    name=", ".join(filter(None, ("" if single else run.name, role, kind))),
                     x=x,
                     y=y,
-                    colour=colour if prefix == "" or len(group) * len(runs) > 1 else 2,
-                    dashed=order > 0 and len(runs) > 1,
-                    marks=prefix == "eval_",
+                    colour=HELD_OUT if alone and prefix else order if single else place,
+                    dashed=order > 0 and not single,
+                    marks=prefix != "" and len(x) <= MARKED,
                 )
-                series += [shown] if prefix else _readable(shown, notes)
+                series += _readable(line, notes)
     if not series:
         return None
-    note = " ".join(dict.fromkeys(notes))
-    return Lines(title=title, x_label="step", y_label=unit, series=tuple(series), note=note)
+    return Lines(
+        title=title,
+        x_label="step",
+        y_label=unit,
+        series=tuple(series),
+        note=" ".join(dict.fromkeys(notes)),
+        keys=_keys(group, runs, series),
+    )
 
 
-def _name(run: str, role: str, kind: str) -> str:
-    return ", ".join(word for word in (run, role, kind) if word)
+def _keys(
+    group: Sequence[tuple[str, str]], runs: Sequence[Run], series: Sequence[Series]
+) -> tuple[Key, ...]:
+    """Runs by colour, then what line styles mean; an entry a line would not fit."""
+    held_out = any(line.marks for line in series)
+    if len(runs) == len(group) == 1:
+        both = (
+            Key(name="training", colour=0),
+            Key(name="held out", colour=HELD_OUT, mark="dotted"),
+        )
+        return both if held_out else ()
+    keys = [Key(name=role, colour=order) for order, (_, role) in enumerate(group)]
+    if len(runs) > 1:
+        keys = [Key(name=run.name, colour=place) for place, run in enumerate(runs)]
+        keys += [
+            Key(name=role, mark="dashed" if order else "") for order, (_, role) in enumerate(group)
+        ]
+    if held_out:
+        keys.append(Key(name="held out", mark="dotted"))
+    return tuple(key for key in keys if key.name)
 
 
 def _note_gaps(notes: list[str], values: Sequence[float], metric: str, run: str) -> None:
@@ -112,27 +141,34 @@ def _readable(series: Series, notes: list[str]) -> list[Series]:
     """A long noisy curve as a faint raw line under a running mean, at most `DENSE` points each."""
     if len(series.x) <= NOISY:
         return [series]
+    if len(series.x) <= DENSE and not _rough(series.y):
+        return [series]
     block = -(-len(series.x) // DENSE)
     raw = _block_means(series, block) if block > 1 else series
     window = max(3, len(raw.x) // WINDOWS) | 1
-    steps = f"Thin: means of {block} logged steps; thick:" if block > 1 else "Thick:"
-    notes.append(f"{steps} running mean over {window * block} logged steps.")
+    if block > 1:
+        notes.append("Thin: means of neighbouring steps.")
+    notes.append(f"Thick: running mean over {100 // WINDOWS} % of the steps.")
     smooth = _running_mean(raw.y, window)
     return [
-        Series(name=raw.name, x=raw.x, y=raw.y, colour=raw.colour, faint=True),
-        Series(name=raw.name, x=raw.x, y=smooth, colour=raw.colour, dashed=raw.dashed),
+        replace(raw, faint=True, marks=False),
+        replace(raw, y=smooth),
     ]
 
 
 def _block_means(series: Series, block: int) -> Series:
     starts = range(0, len(series.x), block)
-    return Series(
-        name=series.name,
+    return replace(
+        series,
         x=tuple(_mean(series.x[start : start + block]) for start in starts),
         y=tuple(_mean(series.y[start : start + block]) for start in starts),
-        colour=series.colour,
-        dashed=series.dashed,
     )
+
+
+def _rough(values: Sequence[float]) -> bool:
+    """Whether a curve turns more often than a trend would."""
+    rises = [after > before for before, after in pairwise(values)]
+    return sum(before != after for before, after in pairwise(rises)) > len(values) / 10
 
 
 def _running_mean(values: Sequence[float], window: int) -> tuple[float, ...]:
@@ -157,7 +193,7 @@ def _glance(runs: Sequence[Run]) -> Table:
             found = [run.metric(prefix + metric) for metric in GLANCE]
             if not any(x for x, _ in found):
                 continue
-            last = [number(y[-1]) if y else None for _, y in found]
+            last = [y[-1] if y else None for _, y in found]
             steps = max(x[-1] for x, _ in found if x)
             rows.append((run.name, kind, int(steps), *last))
     columns = ("run", "data", "step", *GLANCE)

@@ -1,40 +1,61 @@
-"""What training did to the probabilities: the sentences and numbers of `diagnosis.json`."""
+"""What training did to the probabilities: `diagnosis.json`."""
 
 from collections.abc import Sequence
 
 from prefloop.report.run import Run
-from prefloop.report.section import Section, Table, section
+from prefloop.report.section import Section, Table, of_run
+from prefloop.report.section_json import section
 from prefloop.types import UserError
 
 
 def verdict(runs: Sequence[Run]) -> list[Section]:
-    """The verdict in words first, the numbers behind it folded, then the sections it came with."""
+    """The verdict in words, of several runs one under the other; the numbers behind it folded."""
+    told = {run.name: _sentences(run) for run in runs if run.diagnosis}
+    if not told:
+        return []
+    numbers = tuple(
+        Table(title=of_run("The numbers behind it", run.name, runs), columns=COLUMNS, rows=rows)
+        for run in runs
+        if (rows := _numbers(run))
+    )
+    if len(runs) == 1:
+        return [Section(title="Verdict", paragraphs=told[runs[0].name], folded=numbers)]
+    rows = tuple((name, " ".join(sentences)) for name, sentences in told.items())
+    table = Table(columns=("run", "verdict"), rows=rows)
+    return [Section(title="Verdict", tables=(table,), folded=numbers)]
+
+
+def diagnosis(runs: Sequence[Run]) -> list[Section]:
+    """The sections that came with the verdict."""
     found = []
     for run in runs:
-        if not run.diagnosis:
-            continue
-        place = run.folder / "diagnosis.json"
-        title = "Verdict" if len(runs) == 1 else f"Verdict on {run.name}"
-        sentences = run.diagnosis.get("verdict", [])
-        numbers = run.diagnosis.get("numbers", {})
-        if not isinstance(sentences, list) or not isinstance(numbers, dict):
-            raise UserError(f"{place}: verdict must be a list of sentences, numbers an object")
-        rows = tuple((str(key), value) for key, value in numbers.items() if _plain(value))
-        found.append(
-            Section(
-                title=title,
-                paragraphs=tuple(map(str, sentences)),
-                folded=(Table(title="The numbers behind it", columns=("number", "value"), rows=rows),)
-                if rows
-                else (),
-            )
-        )
-        sections = run.diagnosis.get("sections", [])
+        place = f"{run.folder / 'diagnosis.json'}: sections"
+        parts = run.diagnosis.get("sections", [])
+        if not isinstance(parts, list):
+            raise UserError(f"{place} must be a list")
         found += [
-            section(part, f"{place}: sections[{index}]") for index, part in enumerate(sections)
+            section(part, f"{place}[{index}]").under(run.name, runs)
+            for index, part in enumerate(parts)
         ]
     return found
 
 
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, int | float | str)
+COLUMNS = ("number", "value")
+
+
+def _sentences(run: Run) -> tuple[str, ...]:
+    sentences = run.diagnosis.get("verdict", [])
+    if not isinstance(sentences, list):
+        raise UserError(f"{run.folder / 'diagnosis.json'}: verdict must be a list of sentences")
+    return tuple(map(str, sentences))
+
+
+def _numbers(run: Run) -> tuple[tuple[str, str | float | None], ...]:
+    numbers = run.diagnosis.get("numbers", {})
+    if not isinstance(numbers, dict):
+        raise UserError(f"{run.folder / 'diagnosis.json'}: numbers must be an object")
+    return tuple(
+        (key, value)
+        for key, value in numbers.items()
+        if value is None or isinstance(value, int | float | str)
+    )

@@ -1,7 +1,6 @@
 """Sections that stages wrote themselves, as `*.section.json`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from prefloop.report.run import Run
 from prefloop.report.section import Section
@@ -9,8 +8,4 @@ from prefloop.report.section import Section
 
 def written(runs: Sequence[Run]) -> list[Section]:
     """Each as it stands; of several runs with the run's name in its title."""
-    return [
-        part if len(runs) == 1 else replace(part, title=f"{part.title}: {run.name}")
-        for run in runs
-        for part in run.sections
-    ]
+    return [part.under(run.name, runs) for run in runs for part in run.sections]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from prefloop.types import UserError
+from prefloop.errors import UserError
 
 
 def parse(text: str, known: Iterable[type]) -> Any:

@@ -13,7 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prefloop.types import UserError
+import platformdirs
+
+from prefloop.errors import UserError
 
 PACKAGES = ("prefloop", "torch", "transformers", "accelerate", "peft", "datasets", "numpy", "scipy")
 
@@ -28,6 +30,37 @@ def create_run(out: Path) -> Path:
         )
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def start_run(out: Path, command: str, settings: Mapping[str, Any], resume: bool) -> Path:
+    """The folder of a run with its `config.json`: a new one, or with `resume` the one it was.
+
+    Raises:
+        UserError: the folder exists and `resume` is off; or the run to go on with had other
+            settings, each of which is named.
+    """
+    config = Path(out) / "config.json"
+    if not (resume and config.exists()):
+        create_run(out)
+        write_json(
+            config,
+            {"command": command, "settings": dict(settings), "provenance": provenance()},
+        )
+        return Path(out)
+    stored = read_json(config)
+    before = stored.get("settings", {})
+    changed = [
+        f"{name} was {before.get(name)!r}, is {value!r}"
+        for name, value in json.loads(json.dumps(dict(settings))).items()
+        if before.get(name) != value and name not in {"out", "resume"}
+    ]
+    if stored.get("command") != command or changed:
+        raise UserError(
+            f"{config}: a run is gone on with by the settings it was started with; "
+            f"{'; '.join(changed) or 'this is a run of prefloop ' + str(stored.get('command'))}. "
+            f"Use `prefloop {command} --config {config} --out {out} --resume`, or a new --out."
+        )
+    return Path(out)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,6 +121,15 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             yield json.loads(line)
+
+
+def cache_folder() -> Path:
+    """Where prefloop keeps what it can make again: `PREFLOOP_CACHE`, or the user's cache folder.
+
+    The variable moves the files and changes no result.
+    """
+    chosen = os.environ.get("PREFLOOP_CACHE")
+    return Path(chosen) if chosen else platformdirs.user_cache_path("prefloop")
 
 
 def provenance() -> dict[str, Any]:

@@ -1,7 +1,13 @@
 """Which prompts deserve a label: a score per prompt first, then one rule that keeps some.
 
-To add a rule: write the function here, add a row to `RULES` in `tests/test_selection.py`.
+A rule is a frozen dataclass: its fields are its hyper-parameters, `columns` names what it reads of
+each response, and a call gives one score a prompt; higher means more worth a label. To add a rule:
+write the class, name it in `RULES`, add a row to `CASES` in `tests/test_selection.py`.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,6 +66,89 @@ def reward_gap(
     return highest - lowest
 
 
+Table = Mapping[str, Float[Tensor, "P N"]]
+"""Columns of P prompts, a number a response; NaN pads a prompt that has fewer responses."""
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A score for each prompt."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What the rule reads of each response."""
+        ...
+
+    def __call__(self, table: Table) -> Float[Tensor, " P"]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PVar:
+    """Preference variance of the reward (offline form).
+
+    Attributes:
+        scale: multiplies the rewards; 1 is the paper's.
+    """
+
+    scale: float = 1.0
+    columns: ClassVar[tuple[str, ...]] = ("scores",)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < float("inf"):
+            raise UserError(f"PVar.scale must be positive and finite, got {self.scale}")
+
+    def __call__(self, table: Table) -> Float[Tensor, " P"]:
+        rewards = table["scores"]
+        return preference_variance(rewards, ~rewards.isnan(), self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlinePVar:
+    """Preference variance of the implicit reward; 0 for every prompt while policy = reference.
+
+    Attributes:
+        beta: of the implicit reward beta log pi/pi_ref, per nat.
+    """
+
+    beta: float = 0.1
+    columns: ClassVar[tuple[str, ...]] = ("policy_logps", "reference_logps")
+
+    def __call__(self, table: Table) -> Float[Tensor, " P"]:
+        rewards = self.beta * (table["policy_logps"] - table["reference_logps"])
+        return preference_variance(rewards, ~rewards.isnan())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardGap:
+    """Largest minus smallest reward; blind to how the others lie between."""
+
+    columns: ClassVar[tuple[str, ...]] = ("scores",)
+
+    def __call__(self, table: Table) -> Float[Tensor, " P"]:
+        rewards = table["scores"]
+        return reward_gap(rewards, ~rewards.isnan())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """A random number a prompt: the baseline of every rule.
+
+    Attributes:
+        seed: another seed draws other prompts.
+    """
+
+    seed: int = 0
+    columns: ClassVar[tuple[str, ...]] = ("scores",)
+
+    def __call__(self, table: Table) -> Float[Tensor, " P"]:
+        rng = torch.Generator().manual_seed(self.seed)
+        return torch.rand(len(table["scores"]), generator=rng, dtype=torch.float64)
+
+
+RULES: tuple[type, ...] = (PVar, OnlinePVar, RewardGap, Random)
+"""Every rule, for the command line and the test table."""
+
+
 def top(scores: Float[Tensor, " P"], count: int) -> Int[Tensor, " C"]:
     """Indices of the `count` highest scores, in data order; of equal scores the earlier is kept."""
     _refuse_bad_scores(scores, count)
@@ -74,13 +163,6 @@ def bottom(scores: Float[Tensor, " P"], count: int) -> Int[Tensor, " C"]:
     _refuse_bad_scores(scores, count)
     order = scores.argsort(descending=True, stable=True)
     return order[len(order) - count :].sort().values
-
-
-def random(scores: Float[Tensor, " P"], count: int, seed: int) -> Int[Tensor, " C"]:
-    """Indices of `count` prompts drawn without replacement, in data order."""
-    _refuse_bad_scores(scores, count)
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randperm(len(scores), generator=rng)[:count].sort().values
 
 
 def above(scores: Float[Tensor, " P"], threshold: float) -> Int[Tensor, " C"]:

@@ -5,27 +5,16 @@ read once, which takes 20 to 50 seconds, and saved as safetensors under the user
 from there the model loads in about 4 seconds, like any model folder of `transformers`.
 """
 
-import os
 import shutil
 import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import platformdirs
-
 from prefloop.errors import UserError
+from prefloop.runs import cache_folder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Where prefloop keeps what it can make again: `PREFLOOP_CACHE`, or the user's cache folder.
-
-    The variable moves the files and changes no result.
-    """
-    chosen = os.environ.get("PREFLOOP_CACHE")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("prefloop")
 
 
 def demo_model() -> Path:

@@ -18,13 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from prefloop.errors import UserError as UserError
+
 PerPair: TypeAlias = Float[Tensor, " P"]
 PerComparison: TypeAlias = Float[Tensor, " B"]
 PerResponse: TypeAlias = Float[Tensor, "B N"]
-
-
-class UserError(ValueError):
-    """A mistake of the user's: said in one line, with the place, what is allowed, what to do."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prefloop.selection import above, bottom, preference_variance, random, reward_gap, top
+from prefloop.selection import (
+    RULES,
+    OnlinePVar,
+    PVar,
+    Random,
+    RewardGap,
+    above,
+    bottom,
+    preference_variance,
+    reward_gap,
+    top,
+)
 from prefloop.types import UserError
 
 
@@ -91,10 +102,35 @@ def test_the_top_and_the_bottom_half_never_overlap_and_miss_nothing(values):
 
 
 def test_random_follows_from_its_seed_and_threshold_keeps_equals():
-    assert random(SCORES, 2, seed=1).tolist() == random(SCORES, 2, seed=1).tolist()
-    drawn = {tuple(random(SCORES, 2, seed=seed).tolist()) for seed in range(60)}
-    assert len(drawn) == 6  # all pairs of four turn up
+    table = {"scores": torch.zeros(4, 2)}
+    kept = [tuple(top(Random(seed=seed)(table), 2).tolist()) for seed in range(60)]
+    assert kept[1] == tuple(top(Random(seed=1)(table), 2).tolist())
+    assert len(set(kept)) == 6  # all pairs of four turn up
     assert above(SCORES, 0.3).tolist() == [0, 1, 2]
+
+
+TABLE = {
+    "scores": torch.tensor([[0.0, 2.0, math.nan], [1.0, 1.0, 1.0]]),
+    "policy_logps": torch.tensor([[-1.0, -3.0, math.nan], [-2.0, -2.0, -2.0]]),
+    "reference_logps": torch.tensor([[-2.0, -2.0, math.nan], [-1.0, -1.0, -1.0]]),
+}
+CASES = [
+    (PVar(), [(sigmoid(2) - 0.5) ** 2, 0.0]),
+    (PVar(scale=0.5), [(sigmoid(1) - 0.5) ** 2, 0.0]),
+    (OnlinePVar(beta=1.0), [(sigmoid(2) - 0.5) ** 2, 0.0]),  # log-ratios +1 and -1
+    (RewardGap(), [2.0, 0.0]),
+]
+
+
+@pytest.mark.parametrize(("rule", "expected"), CASES, ids=lambda value: str(value)[:20])
+def test_a_rule_gives_the_number_worked_out_by_hand(rule, expected):
+    assert rule(TABLE).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_rule_has_a_case_and_reads_only_the_columns_it_names():
+    assert {type(rule) for rule, _ in CASES} | {Random} == set(RULES)
+    for rule, _ in CASES:
+        rule({name: TABLE[name] for name in rule.columns})
 
 
 def test_scores_that_are_no_number_and_counts_that_do_not_fit_are_refused():

@@ -6,7 +6,8 @@ a command: a file with its dataclass beside this one, and a row here.
 
 import difflib
 import sys
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, words: list[str]) -> int:
     import tyro
 
-    from prefloop.types import UserError
+    from prefloop.errors import UserError
 
     module = import_module(f"prefloop.cli.{name}")
     command = getattr(module, name.capitalize())
@@ -73,16 +74,20 @@ def _run(name: str, words: list[str]) -> int:
         settings()
     except UserError as error:
         return _mistake(str(error))
-    except KeyboardInterrupt:
-        print("prefloop: stopped by Ctrl-C", file=sys.stderr)
+    except KeyboardInterrupt as pressed:
+        said = str(pressed) or "stopped by Ctrl-C"
+        print(f"prefloop: {said}. Go on with --resume.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `prefloop ... | head`
+        sys.stderr.close()
+        return 0
     return 0
 
 
 def _with_config(command: Any, name: str, words: list[str]) -> tuple[list[str], Any]:
     """Take `--config FILE` out of `words`; the file's settings become the defaults."""
+    from prefloop.errors import UserError
     from prefloop.runs import read_json
-    from prefloop.types import UserError
 
     if "--config" not in words:
         return words, None
@@ -93,27 +98,55 @@ def _with_config(command: Any, name: str, words: list[str]) -> tuple[list[str], 
     stored = read_json(path)
     if not isinstance(stored, dict) or stored.get("command") != name:
         raise UserError(f"{path}: this is not the config.json of a `prefloop {name}` run")
-    known = {field.name for field in fields(command)}
-    if unknown := sorted(set(stored["settings"]) - known):
+    names = {field.name for field in _flat_fields(command)}
+    if unknown := sorted(set(stored["settings"]) - names):
         raise UserError(
             f"{path}: prefloop {name} has no setting {', '.join(unknown)}; it has "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(names))}"
         )
-    settings = {key: _plain(value) for key, value in stored["settings"].items()}
-    return words[:at] + words[at + 2 :], _complete(command, settings)
+    return words[:at] + words[at + 2 :], _made(command, stored["settings"], str(path))
+
+
+def settings(command: Any) -> dict[str, Any]:
+    """The settings of a command as flat JSON: what config.json keeps."""
+    flat: dict[str, Any] = {}
+    for field in fields(command):
+        value = getattr(command, field.name)
+        if is_dataclass(value):
+            flat |= settings(value)
+        else:
+            flat[field.name] = str(value) if isinstance(value, Path) else value
+    return flat
+
+
+def _flat_fields(made: Any) -> Iterator[Field[Any]]:
+    for field in fields(made):
+        if is_dataclass(field.default_factory):
+            yield from _flat_fields(field.default_factory)
+        else:
+            yield field
+
+
+def _made(made: Any, flat: dict[str, Any], place: str) -> Any:
+    """The command that `settings` was made from."""
+    from prefloop.errors import UserError
+
+    values = {}
+    for field in fields(made):
+        if is_dataclass(field.default_factory):
+            values[field.name] = _made(field.default_factory, flat, place)
+        elif field.name in flat:
+            value = flat[field.name]
+            path = "Path" in str(field.type) and isinstance(value, str)
+            values[field.name] = Path(value) if path else _plain(value)
+    try:
+        return made(**values)
+    except TypeError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _complete(command: Any, settings: dict[str, Any]) -> Any:
-    from prefloop.types import UserError
-
-    try:
-        return command(**settings)
-    except TypeError as error:
-        raise UserError(f"the configuration is not complete: {error}") from None
 
 
 def _mistake(text: str) -> int:

@@ -3,7 +3,7 @@
 from prefloop.trainer.build import build_trainer
 from prefloop.trainer.loop import Gradient, NonFiniteError, Passes, Trainer, backward
 from prefloop.trainer.run import Interrupted, Progress, fit
-from prefloop.trainer.settings import TrainSettings
+from prefloop.settings import TrainSettings
 
 __all__ = [
     "Gradient",

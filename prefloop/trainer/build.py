@@ -8,7 +8,7 @@ from torch import nn
 
 from prefloop.objectives import Objective
 from prefloop.trainer.loop import Gradient, Reference, Trainer, backward
-from prefloop.trainer.settings import TrainSettings
+from prefloop.settings import TrainSettings
 from prefloop.types import UserError
 
 

@@ -25,7 +25,7 @@ from prefloop.trainer.plan import (
     forward_passes,
     steps_per_epoch,
 )
-from prefloop.trainer.settings import TrainSettings
+from prefloop.settings import TrainSettings
 from prefloop.types import Logps, Tokenized, UserError, judgement, score
 
 Reference = Callable[[Sequence[Tokenized]], Logps]

@@ -21,7 +21,7 @@ from prefloop.trainer.plan import steps_per_epoch
 from prefloop.types import Tokenized, UserError
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The user pressed Ctrl-C; the run has been saved and can be resumed."""
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from prefloop.types import UserError
+from prefloop.errors import UserError
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -28,6 +28,8 @@ class TrainSettings:
         log_every: optimizer steps between lines of metrics.jsonl.
         eval_every: optimizer steps between evaluations; 0 means at the start and the end.
         save_every: optimizer steps between checkpoints; 0 means ten a run.
+        log_displacement: score the reference even for an objective that needs none, so that the
+            log says whether training displaces probability.
         seed: order of the data, dropout.
     """
 
@@ -45,6 +47,7 @@ class TrainSettings:
     log_every: int = 1
     eval_every: int = 0
     save_every: int = 0
+    log_displacement: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

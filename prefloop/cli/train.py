@@ -1,0 +1,138 @@
+"""`prefloop train`: a policy, comparisons, an objective -> a run folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from prefloop.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from prefloop.objectives import Objective
+    from prefloop.policies import Policy
+    from prefloop.trainer.loop import Metrics
+    from prefloop.training import Prepared
+    from prefloop.types import Tokenized
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a policy on comparisons."""
+
+    model: str
+    """Hugging Face name or folder of the policy to start from; an adapter is trained on."""
+    data: Path
+    """Comparisons: ranked, scored or labelled rows, in any form that `prefloop check` reads."""
+    out: Path
+    """Run folder; refused if it holds a run."""
+    objective: str = "DPO(beta=0.1)"
+    """What is minimised, written as its own repr; docs/objectives.md lists them."""
+    held_out: Path | None = None
+    """Comparisons to evaluate on, never trained on."""
+    held_out_share: float = 0.1
+    """Share of the prompts of --data to hold out where --held-out is not given; 0 holds none."""
+    pairs: Literal["best-worst", "all"] = "best-worst"
+    """Which responses are ordered where a row has scores only."""
+    lora_rank: int = 16
+    """Rank of the adapter; 0 trains the whole model."""
+    lora_alpha: float = 32.0
+    """Scale of the adapter, divided by its rank."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs that training drops."""
+    max_length: int = 0
+    """Most tokens of a prompt and its response; 0 is the model's context."""
+    overlong: Literal["refuse", "drop", "truncate"] = "refuse"
+    """What happens to longer rows."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; auto: bfloat16 for the frozen base of an adapter on a GPU, else float32."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward pass, by Accelerate."""
+    loop: Annotated[TrainSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainSettings)
+    trackers: tuple[str, ...] = ()
+    """Also log to tensorboard, wandb or trackio; metrics.jsonl is always written."""
+    resume: bool = False
+    """Go on with the run in --out from its newest checkpoint."""
+
+    def __call__(self) -> None:
+        """Check everything, then train, then say what came out."""
+        from prefloop.cli import settings
+        from prefloop.cli.console import progress
+        from prefloop.expression import parse
+        from prefloop.objectives import ALL
+        from prefloop.runs import start_run
+        from prefloop.trainer.build import accelerator_for
+        from prefloop.trainer.loop import total_steps
+        from prefloop.training import Training, carry_selection
+
+        objective = parse(self.objective, ALL)
+        accelerator = accelerator_for(self.trackers, self.out, self.precision)
+        policy = self._policy(accelerator.device)
+        rows, held_out = self._rows(policy, objective)
+        if accelerator.is_main_process:
+            start_run(self.out, "train", settings(self), self.resume)
+            carry_selection(self.data, self.out)
+            print(f"training on {rows}; {len(held_out)} held out")
+        accelerator.wait_for_everyone()
+        if self.trackers:
+            accelerator.init_trackers("prefloop", config=settings(self))
+        total = total_steps(len(rows.rows), self.loop)
+        with progress("training", total) as bar:
+            training = Training(
+                policy=policy,
+                objective=objective,
+                settings=self.loop,
+                accelerator=accelerator,
+                out=self.out,
+                on_step=lambda done: bar(done.step),
+            )
+            metrics = training(rows.rows, held_out)
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            _say(self.out, metrics)
+
+    def _policy(self, device: "torch.device") -> "Policy":
+        import torch
+
+        from prefloop.policies import Lora, load_policy
+
+        adapter = None
+        if self.lora_rank:
+            adapter = Lora(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
+        dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        return load_policy(
+            self.model, adapter=adapter, dtype=dtype, device=device, seed=self.loop.seed
+        )
+
+    def _rows(
+        self, policy: "Policy", objective: "Objective"
+    ) -> tuple["Prepared", list["Tokenized"]]:
+        """What is trained on and what is held out, in tokens; checked before anything runs."""
+        from prefloop import data
+        from prefloop.training import prepare
+
+        rows = data.read(self.data)
+        held_out = data.read(self.held_out) if self.held_out else []
+        if not self.held_out and self.held_out_share:
+            rows, held_out = data.split(rows, self.held_out_share, self.loop.seed)
+        how = (
+            policy,
+            objective,
+            self.pairs,
+            self.max_length or None,
+            data.Overlong(self.overlong),
+        )
+        return prepare(rows, *how), prepare(held_out, *how).rows if held_out else []
+
+
+def _say(out: Path, metrics: "Metrics") -> None:
+    for name in ("loss", "rewards/accuracies", "rewards/margins", "eval_rewards/accuracies"):
+        if name in metrics:
+            print(f"{name:<24}{metrics[name]:.4f}")
+    if metrics.get("displacement/chosen_fell", 0) > 0.5:
+        share = 100 * metrics["displacement/chosen_fell"]
+        print(f"in {share:.0f} % of the last batch the chosen response became less likely")
+    print(f"policy: {out / 'policy'}")
+    print(f"next: prefloop report {out}")

@@ -1,0 +1,112 @@
+"""Answers to a file of prompts, and their scores: kept as they come, gone on with after a kill."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefloop.data import as_row, encoder, iterate
+from prefloop.policies import Policy, Sampling
+from prefloop.policies.sampling import FromPolicy, Sample, Sampler, sample
+from prefloop.rewards import Reward, score
+from prefloop.runs import append_jsonl, read_jsonl, write_jsonl
+from prefloop.types import Comparison, UserError
+
+ROUND = 64  # prompts between two writes to the disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How answers are drawn: `n` a prompt, by `sampler`, following from `seed` and the prompt."""
+
+    n: int
+    settings: Sampling
+    seed: int
+    sampler: Sampler = FromPolicy()
+
+    def __call__(self, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[list[Sample]]:
+        """The answers to each prompt, given in tokens."""
+        return sample(policy, prompts, self.n, self.settings, self.seed, self.sampler)
+
+
+def sample_to_file(
+    policy: Policy,
+    prompts: Sequence[Comparison],
+    out: Path,
+    draw: Draw,
+    on_prompts: Callable[[int], None] = lambda done: None,
+) -> list[Comparison]:
+    """Answers to each prompt as `out`/responses.jsonl; prompts that are there are not redone.
+
+    Answers follow from (seed, prompt) alone, so a killed run ends in the same file.
+    """
+    _refuse_repeated(prompts)
+    part, whole = out / "responses.part.jsonl", out / "responses.jsonl"
+    if not whole.exists():
+        done = {row["id"]: row for row in read_jsonl(part)} if part.exists() else {}
+        write_jsonl(part, done.values())
+        missing = [prompt for prompt in prompts if prompt.id not in done]
+        coder = encoder(policy.tokenizer)
+        size = max(1, draw.settings.rows // draw.n)
+        for start in range(0, len(missing), size):
+            chunk = missing[start : start + size]
+            answers = draw(policy, coder.prompts(chunk))
+            for prompt, drawn in zip(chunk, answers, strict=True):
+                append_jsonl(part, _answered(prompt, drawn))
+            on_prompts(len(done) + start + len(chunk))
+        rows = {row["id"]: row for row in read_jsonl(part)}
+        write_jsonl(whole, [rows[prompt.id] for prompt in prompts])
+        part.unlink()
+    return list(iterate(whole))
+
+
+def score_to_file(
+    rows: Sequence[Comparison],
+    reward: Reward,
+    out: Path,
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> list[Comparison]:
+    """Every response with its reward, as `out`/scored.jsonl; rows that are there are not redone."""
+    part, whole = out / "scored.part.jsonl", out / "scored.jsonl"
+    if not whole.exists():
+        done = list(read_jsonl(part)) if part.exists() else []
+        write_jsonl(part, done)
+        for start in range(len(done), len(rows), ROUND):
+            for row in score(rows[start : start + ROUND], reward):
+                append_jsonl(part, as_row(row))
+            on_rows(min(start + ROUND, len(rows)))
+        part.rename(whole)
+    return list(iterate(whole))
+
+
+def _answered(prompt: Comparison, drawn: Sequence[Sample]) -> dict[str, Any]:
+    """A row of responses.jsonl: texts, and the log-probabilities they were drawn with."""
+    row = Comparison(
+        prompt=prompt.prompt,
+        responses=tuple(one.text for one in drawn),
+        id=prompt.id,
+        extra={
+            **prompt.extra,
+            "sampler": [one.sampler for one in drawn],
+            "finished": [one.finished for one in drawn],
+            "tokens": [len(one.tokens) for one in drawn],
+            "policy_logps": [
+                None if one.policy_logp is None else sum(one.policy_logp) for one in drawn
+            ],
+            "drawn_logps": [sum(one.drawn_logp) for one in drawn],
+        },
+    )
+    return as_row(row)
+
+
+def _refuse_repeated(prompts: Sequence[Comparison]) -> None:
+    if not prompts:
+        raise UserError("there is no prompt to sample from")
+    seen: dict[str, Comparison] = {}
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise UserError(
+                f"{prompt.place}: id {prompt.id!r} stands at {seen[prompt.id].place} already; give "
+                "each prompt its own"
+            )
+        seen[prompt.id] = prompt

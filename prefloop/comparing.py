@@ -1,0 +1,204 @@
+"""A trained policy against its reference, on held-out prompts: samples, rewards, win rate, KL.
+
+Both answer every prompt with the same seed. Writes `samples.jsonl` (before and after, side by
+side) and `evaluation.json`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefloop.collecting import Draw
+from prefloop.data import Overlong, encoder, tokenize
+from prefloop.evaluation import (
+    kl,
+    length_controlled_win_rate,
+    outcomes,
+    preference_accuracy,
+    win_rate,
+)
+from prefloop.intervals import Estimate, mean
+from prefloop.logps import Scorer
+from prefloop.policies import Policy
+from prefloop.policies.policy import evaluating
+from prefloop.policies.sampling import FromPolicy, Sample
+from prefloop.rewards import Reward, score
+from prefloop.runs import write_json, write_jsonl
+from prefloop.samplers import FromReference
+from prefloop.types import Comparison, Tokenized, UserError, judgement, ordered_pairs
+from prefloop.types import score as logps_of
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one policy answered: `drawn` (prompts x n), their rewards, and the rows in tokens."""
+
+    drawn: list[list[Sample]]
+    rewards: torch.Tensor
+    rows: list[Tokenized]
+
+
+def compare(
+    policy: Policy,
+    prompts: Sequence[Comparison],
+    reward: Reward,
+    out: Path,
+    draw: Draw,
+) -> dict[str, Any]:
+    """Sample, score and compare; what evaluation.json holds."""
+    after = _answers(policy, prompts, reward, replace(draw, sampler=FromPolicy()))
+    before = _answers(policy, prompts, reward, replace(draw, sampler=FromReference()))
+    write_jsonl(
+        out / "samples.jsonl",
+        (
+            {
+                "prompt": _shown(prompt),
+                "before": before.drawn[i][0].text,
+                "after": after.drawn[i][0].text,
+                "reward_before": float(before.rewards[i, 0]),
+                "reward_after": float(after.rewards[i, 0]),
+            }
+            for i, prompt in enumerate(prompts)
+        ),
+    )
+    found = _numbers(policy, before, after)
+    write_json(out / "evaluation.json", found)
+    return found
+
+
+def ranking(policy: Policy, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """How often policy, reference and implicit reward order held-out comparisons as people did.
+
+    What evaluation.json holds; a pair of a comparison counts once, intervals are over prompts.
+    """
+    rows, _ = tokenize(comparisons, policy.tokenizer, policy.context, Overlong.drop)
+    if not rows:
+        raise UserError("no comparison fits the model's context")
+    with torch.no_grad(), evaluating(policy.model):
+        trained = logps_of(policy.scorer(), rows)
+    with torch.no_grad(), policy.reference() as model, evaluating(model):
+        base = logps_of(Scorer(model), rows)
+    row, chosen, rejected = ordered_pairs(judgement(rows).rank)
+    if not len(row):
+        raise UserError("the held-out comparisons order no two responses; nothing to compare with")
+    prompts = {prompt: at for at, prompt in enumerate(dict.fromkeys(r.prompt for r in rows))}
+    clusters = torch.tensor([prompts[rows[at].prompt] for at in row.tolist()])
+    scores = {
+        "policy, log-probability": trained.sum,
+        "policy, per token": trained.mean,
+        "reference, log-probability": base.sum,
+        "reference, per token": base.mean,
+        "implicit reward": trained.sum - base.sum,
+    }
+    result = [
+        preference_accuracy(value[row, chosen] - value[row, rejected], clusters).accuracy.row(
+            f"accuracy, {name}", "share"
+        )
+        for name, value in scores.items()
+    ]
+    change = (trained.sum - base.sum)[row, chosen]
+    fell = mean((change < 0).double(), clusters).row("chosen became less likely", "share")
+    moved = mean(change.double(), clusters).row("change of chosen log-probability", "nats")
+    return {"result": [*result, fell, moved]}
+
+
+def _answers(
+    policy: Policy,
+    prompts: Sequence[Comparison],
+    reward: Reward,
+    draw: Draw,
+) -> Answers:
+    tokens = encoder(policy.tokenizer).prompts(prompts)
+    drawn = draw(policy, tokens)
+    answered = [
+        Comparison(
+            prompt=prompt.prompt,
+            responses=tuple(one.text for one in answers),
+            id=prompt.id,
+            place=prompt.place,
+        )
+        for prompt, answers in zip(prompts, drawn, strict=True)
+    ]
+    rewards = torch.tensor([row.scores for row in score(answered, reward)], dtype=torch.float64)
+    rows = [
+        Tokenized(prompt=tuple(prompt), responses=tuple(one.tokens for one in answers), id=row.id)
+        for prompt, answers, row in zip(tokens, drawn, answered, strict=True)
+    ]
+    return Answers(drawn, rewards, rows)
+
+
+def _numbers(policy: Policy, before: Answers, after: Answers) -> dict[str, Any]:
+    prompts, n = after.rewards.shape
+    rate = win_rate(after.rewards, before.rewards)
+    clusters = torch.arange(prompts).repeat_interleave(n)
+    rewards = {
+        name: mean(answers.rewards.flatten(), clusters)
+        for name, answers in (("reference", before), ("policy", after))
+    }
+    lengths = {
+        name: mean(_lengths(answers).flatten(), clusters)
+        for name, answers in (("reference", before), ("policy", after))
+    }
+    divergence = _divergence(policy, after)
+    result = [
+        rate.rate.row("win rate against the reference", "share"),
+        *_controlled(before, after),
+        *(value.row(f"mean reward, {name}", "reward") for name, value in rewards.items()),
+        divergence.row("KL(policy || reference)", "nats a response"),
+        *(value.row(f"length, {name}", "tokens") for name, value in lengths.items()),
+    ]
+    return {
+        "result": result,
+        "wins": rate.wins,
+        "ties": rate.ties,
+        "losses": rate.losses,
+        "reward_kl": [
+            _point("reference", rewards["reference"], None),
+            _point("policy", rewards["policy"], divergence),
+        ],
+    }
+
+
+def _divergence(policy: Policy, after: Answers) -> Estimate:
+    """KL(policy || reference) by the answers of the policy itself."""
+    with torch.no_grad(), evaluating(policy.model):
+        trained = logps_of(policy.scorer(), after.rows)
+    with torch.no_grad(), policy.reference() as model, evaluating(model):
+        base = logps_of(Scorer(model), after.rows)
+    return kl(trained, base).sequence
+
+
+def _controlled(before: Answers, after: Answers) -> list[Mapping[str, Any]]:
+    """The win rate at equal length, where the lengths vary enough to tell."""
+    credit = outcomes(after.rewards, before.rewards)
+    difference = _lengths(after).unsqueeze(-1) - _lengths(before).unsqueeze(-2)
+    clusters = torch.arange(len(credit)).repeat_interleave(credit[0].numel())
+    if difference.std() == 0:
+        return []
+    found = length_controlled_win_rate(credit.flatten(), difference.flatten(), clusters)
+    return [found.rate.row("win rate at equal length", "share")]
+
+
+def _lengths(answers: Answers) -> torch.Tensor:
+    return torch.tensor(
+        [[float(len(one.tokens)) for one in row] for row in answers.drawn], dtype=torch.float64
+    )
+
+
+def _point(name: str, reward: Estimate, divergence: Estimate | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "reward": reward.value,
+        "reward_se": reward.error,
+        "kl": 0.0 if divergence is None else divergence.value,
+        "kl_se": 0.0 if divergence is None else divergence.error,
+    }
+
+
+def _shown(prompt: Comparison) -> str:
+    if isinstance(prompt.prompt, str):
+        return prompt.prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.prompt)

@@ -1,0 +1,186 @@
+"""From comparisons and a policy to a trained policy in a run folder.
+
+run/config.json      what was asked for, versions, git id
+run/metrics.jsonl    a line a logged step
+run/checkpoint/      to go on from
+run/policy/          the result, loadable by plain transformers or peft
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+
+from prefloop.data import Overlong, best_vs_worst, tokenize, with_ranks
+from prefloop.logps import cached_reference, model_identity
+from prefloop.objectives import Objective
+from prefloop.policies import Policy
+from prefloop.policies.policy import evaluating
+from prefloop.runs import cache_folder
+from prefloop.settings import TrainSettings
+from prefloop.trainer import Gradient, Progress, backward, build_trainer, fit
+from prefloop.trainer.loop import Metrics, Reference
+from prefloop.types import Comparison, Tokenized, UserError
+
+CARRIED = 64 * 2**20
+"""Largest file of a selection that is copied into a run, in bytes."""
+
+Pairs = Literal["best-worst", "all"]
+PAIRS = {"best-worst": best_vs_worst, "all": with_ranks}
+"""Which responses are ordered where a row has scores: the two ends, or all of them."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows to train on, and what was left out on the way.
+
+    Attributes:
+        rows: in tokens.
+        unweighted: rows of weight 0 (not selected).
+        unordered: rows that order no two responses (ties), for objectives without a model of ties.
+        overlong: rows past the length limit.
+        truncated: rows with a response that was cut.
+    """
+
+    rows: list[Tokenized]
+    unweighted: int
+    unordered: int
+    overlong: int
+    truncated: int
+
+    def __str__(self) -> str:
+        counts = {
+            "not selected": self.unweighted,
+            "tied": self.unordered,
+            "over-long": self.overlong,
+        }
+        left_out = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        cut = f"; {self.truncated} cut" if self.truncated else ""
+        return (
+            f"{len(self.rows)} comparisons" + (f" ({left_out} left out)" if left_out else "") + cut
+        )
+
+
+def prepare(
+    comparisons: Sequence[Comparison],
+    policy: Policy,
+    objective: Objective,
+    pairs: Pairs,
+    max_length: int | None = None,
+    overlong: Overlong = Overlong.refuse,
+) -> Prepared:
+    """Comparisons that `objective` can read, in the tokens of `policy`.
+
+    Args:
+        comparisons: rows with ranks, scores or labels.
+        pairs: which responses of a row that has scores only are ordered, a key of `PAIRS`.
+        max_length: most tokens of a prompt and its longest response; None is the model's context.
+    """
+    weighted = [row for row in comparisons if row.weight > 0]
+    judged = [
+        ranked
+        for row in weighted
+        for ranked in (PAIRS[pairs]([row]) if row.rank is None and row.scores else [row])
+    ]
+    ordered = [row for row in judged if _readable(row, objective)]
+    limit = max_length or policy.context
+    rows, report = tokenize(ordered, policy.tokenizer, limit, overlong)
+    if not rows:
+        raise UserError(
+            f"no comparison is left to train on: {len(comparisons)} rows, "
+            f"{len(comparisons) - len(weighted)} of weight 0, {len(weighted) - len(ordered)} "
+            f"without an order that {type(objective).__name__} reads, {len(report.dropped)} long"
+        )
+    return Prepared(
+        rows=rows,
+        unweighted=len(comparisons) - len(weighted),
+        unordered=len(weighted) - len(ordered),
+        overlong=len(report.dropped),
+        truncated=len(report.truncated),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One policy's training, up to its data.
+
+    Attributes:
+        policy: trained in place and saved as `out`/policy.
+        objective: what is minimised.
+        settings: the numbers of the loop.
+        accelerator: devices and processes.
+        out: the run folder.
+        gradient: how an update is computed; the bilevel solvers bring their own.
+        on_step: called after every optimizer step.
+    """
+
+    policy: Policy
+    objective: Objective
+    settings: TrainSettings
+    accelerator: Accelerator
+    out: Path
+    gradient: Gradient = backward
+    on_step: Callable[[Progress], None] = lambda progress: None
+
+    def __call__(self, rows: Sequence[Tokenized], held_out: Sequence[Tokenized] = ()) -> Metrics:
+        """Train on `rows`, save the policy; the last metrics.
+
+        The reference is the policy as it was, an adapter off; it is scored once, before the first
+        step, and kept in the cache. A policy that is trained whole is scored before it moves.
+        """
+        self.policy.model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType] - overloads
+        reference = None
+        if self.objective.needs_reference or self.settings.log_displacement:
+            reference = reference_of(self.policy, [*rows, *held_out], self.settings)
+        scorer = self.policy.scorer(None, with_collision=self.objective.needs_collision)
+        trainer = build_trainer(
+            scorer, self.objective, reference, self.settings, self.accelerator, self.gradient
+        )
+        metrics = fit(trainer, rows, held_out, self.out, self.on_step)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.policy.save(self.out / "policy")
+        return metrics
+
+
+def carry_selection(data: Path, out: Path) -> None:
+    """Copy what `prefloop select` left beside `data` into the run, so that its report shows it."""
+    for name in ("selection.json", "selected.jsonl"):
+        beside = data.parent / name
+        if beside.is_file() and beside.stat().st_size <= CARRIED:
+            shutil.copyfile(beside, out / name)
+
+
+def reference_of(
+    policy: Policy,
+    rows: Sequence[Tokenized],
+    settings: TrainSettings,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> Reference:
+    """Log-probabilities of the reference for `rows`, from the cache or scored into it."""
+    # A policy that is trained whole is its own reference, as long as it has not moved.
+    reference = policy.reference() if policy.adapter else nullcontext(policy.model)
+    with reference as model, evaluating(model), torch.no_grad():
+        return cached_reference(
+            policy.scorer(settings.token_budget),
+            rows,
+            path=cache_folder() / "reference",
+            identity=model_identity(policy.base),
+            device=policy.device,
+            progress=on_rows,
+        )
+
+
+def _readable(row: Comparison, objective: Objective) -> bool:
+    """Whether the objective finds in the row what it reads."""
+    if "label" in objective.data and (row.label is not None or row.rank is not None):
+        return True
+    if "scores" in objective.data:
+        return row.scores is not None and len(row.scores) > 1
+    ranks = [rank for rank in row.rank or () if rank]
+    return len(ranks) > 1 and (objective.uses_ties or len(set(ranks)) > 1)

@@ -24,17 +24,20 @@ class Reproduce:
     """Seed of every random draw."""
 
     def __call__(self) -> None:
+        from prefloop.report import write_report
         from prefloop.reproduce import reproduce
         from prefloop.reproduce.claims import claims_table, render
 
-        failed = 0
+        papers, failed = [], 0
         for result in reproduce(self.name, self.out, self.seed):
             print(claims_table(result), end="\n\n")
             for table in result.tables:
                 print(render(table.title, table.columns, table.rows), end="\n\n")
+            papers.append(result.name)
             failed += len(result.failed)
         if self.out is not None:
-            print(f"saved in {self.out}")
+            page = write_report([self.out / paper for paper in papers], self.out / "report.html")
+            print(f"report: {page}")
         if failed:
             print(f"{failed} claims that must hold do not")
             raise SystemExit(1)

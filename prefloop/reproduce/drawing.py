@@ -4,19 +4,25 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 COLORS = ("#2b6cb0", "#dd6b20", "#718096", "#38a169", "#805ad5", "#c53030", "#b7791f", "#319795")
 
 
-def panels(titles: Sequence[str], height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure with one titled panel for each title, side by side."""
-    figure = Figure(figsize=(4.2 * len(titles), height), layout="constrained")
-    axes = list(figure.subplots(1, len(titles), squeeze=False)[0])
-    for ax, title in zip(axes, titles, strict=True):
+def panels(titles: Sequence[str], columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with one titled panel for each title, in rows of at most `columns`."""
+    columns = min(columns, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[len(titles) :]:
+        spare.set_axis_off()
+    for ax, title in zip(axes, titles, strict=False):
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.25, linewidth=0.6)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, axes[: len(titles)]
 
 
 def bars(
@@ -45,3 +51,10 @@ def curves(
     for place, (name, values) in enumerate(series.items()):
         ax.plot(x, values, label=name, color=COLORS[place % len(COLORS)], marker=marker, ms=3)
     ax.legend(fontsize=8, frameon=False)
+
+
+def logarithmic(ax: Axes, ticks: Sequence[float]) -> None:
+    """A logarithmic x axis with ticks at the given values only."""
+    ax.set_xscale("log")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])

@@ -147,10 +147,17 @@ def bounds(seed: int) -> Reproduction:
             (ratios.cauchy_schwarz, ratios.martingale, ratios.cube_root),
             strict=False,
         ):
-            ax.scatter(ratios.variance[shown], values[shown], s=2, color=color, label=label)
+            ax.scatter(
+                ratios.variance[shown],
+                values[shown],
+                s=2,
+                color=color,
+                label=label,
+                rasterized=True,
+            )
         ax.set(xscale="log", xlabel="PVar of the policy", ylabel="||grad|| / bound")
         ax.axhline(1, color="black", linewidth=0.6)
-        ax.legend(fontsize=7, frameon=False, markerscale=4)
+        ax.legend(fontsize=7, loc="center left", markerscale=4)
     return Reproduction(name="pvar", claims=tuple(claims), figures={"pvar-bounds": figure})
 
 

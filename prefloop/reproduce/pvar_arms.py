@@ -8,7 +8,7 @@ from prefloop.objectives import DPO, ORPO, SimPO
 from prefloop.objectives.unpaired import KTO
 from prefloop.reproduce import pvar_experiments as experiments
 from prefloop.reproduce.claims import Claim, Reproduction, Table, at_most, joined
-from prefloop.reproduce.drawing import bars, curves, panels
+from prefloop.reproduce.drawing import bars, curves, logarithmic, panels
 from prefloop.reproduce.pvar_experiments import (
     Outcome,
     TableLoss,
@@ -260,11 +260,12 @@ def objectives(rng: torch.Generator, world: World) -> Reproduction:
                 rows.append((name, labels, rate, *(f"{m:.3f} ({e:.3f})" for m, e in means)))
             claims.append(sweep_claim(name, labels, rates, wins))
     shown = {key: value for key, value in found.items() if key[0] != "DPO"}
-    figure, axes = panels([f"{name}, {labels}" for name, labels in shown])
+    figure, axes = panels([f"{name}, {labels}" for name, labels in shown], columns=2)
     for ax, ((name, _), means) in zip(axes, shown.items(), strict=True):
         rates = OBJECTIVES[name][1]
         curves(ax, rates, {arm: means[:, i].tolist() for i, arm in enumerate(ARMS[:3])}, "o")
-        ax.set(xscale="log", xlabel="step size", ylabel="win rate")
+        logarithmic(ax, rates)
+        ax.set(xlabel="step size", ylabel="win rate")
     table = Table(
         title="E4: win rate (s.e.) by objective, labels and step size; 6 worlds",
         columns=("objective", "labels", "step size", *ARMS[:3]),

@@ -10,8 +10,9 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from prefloop.data.columns import Columns
 from prefloop.types import UserError
@@ -81,10 +82,8 @@ def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
-def _opened(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # pyright: ignore[reportReturnType] - reads like a file
-    return path.open("rb")
+def _opened(path: Path) -> BufferedIOBase:
+    return gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _json_lines(path: Path, columns: Columns, refuse: Refuse) -> Iterator[Raw]:

@@ -124,9 +124,10 @@ class Encoder:
             return _render(self.tokenizer, prompt, open_turn=True)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in prompt)
+            reason = " ".join(str(error).split())
             raise UserError(
                 f"{where(comparison)}: the tokenizer's chat template refuses messages of roles "
-                f"{roles!r}: {' '.join(str(error).split())}. Change the messages, or take another model"
+                f"{roles!r}: {reason}. Change the messages, or take another model"
             ) from None
 
     def encode(self, comparisons: Sequence[Comparison]) -> Iterator[Tokenized]:

@@ -175,6 +175,7 @@ class Policy:
             self.model.save_pretrained(folder)
             return
         name = active_adapter(self.model)
+        self.model.peft_config[name].base_model_name_or_path = self.name
         # peft writes the adapter "default" into the folder itself and any other one level below;
         # it would look for base models on the hub to decide about embeddings, which we never train.
         self.model.save_pretrained(

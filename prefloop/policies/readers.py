@@ -107,9 +107,11 @@ class Reader:
         rows, length = tokens.shape
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
         given: dict[str, Any] = {"use_cache": True}
-        given["cache_params" if "cache_params" in self.accepts else "past_key_values"] = self.cache
+        recurrent = "cache_params" in self.accepts  # Mamba and its kin: a state, not a past
+        given["cache_params" if recurrent else "past_key_values"] = self.cache
         if self.padded:
-            given["attention_mask"] = mask.long().repeat(self.sources, 1)
+            seen = mask[:, -length:] if recurrent else mask
+            given["attention_mask"] = seen.long().repeat(self.sources, 1)
         if "position_ids" in self.accepts:
             given["position_ids"] = positions.repeat(self.sources, 1)
         if "logits_to_keep" in self.accepts:

@@ -263,6 +263,7 @@ class _Table:
         self.tokens[at] = torch.where(going, tokens, self.tokens[at])
         for kind, table in enumerate((mixed, drawn, logits[-1])):
             self.logps[kind][at] = token_logps(table, tokens)
+        self._refuse_no_numbers(self.logps[0][at])
         self.step += 1
         self.lengths[self.alive] += going
         stopped = torch.isin(tokens, self.stops)
@@ -270,7 +271,7 @@ class _Table:
         self.ended |= stopped | (self.step >= self.limit[self.alive])
         return tokens
 
-    def drop_ended(self, tokens: Int[Tensor, " R"], sources: Sequence[Reader]) -> Int[Tensor, " R"]:
+    def drop_ended(self, tokens: Int[Tensor, " R"], sources: Sequence[Reader]) -> Int[Tensor, " C"]:
         """Forget rows that are done, once they are a quarter: dropping copies the caches."""
         # A row that is done reads on until it is dropped; masked, its positions stop growing.
         self.mask = torch.cat([self.mask, ~self.ended.unsqueeze(-1)], dim=-1)
@@ -282,6 +283,15 @@ class _Table:
         self.alive, self.mask = self.alive[keep], self.mask[keep]
         self.ended = self.ended[keep]
         return tokens[keep]
+
+    def _refuse_no_numbers(self, logps: Float[Tensor, " R"]) -> None:
+        bad = (~logps.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            place = self.rows[int(self.alive[bad[0]])].place
+            raise UserError(
+                f"prompt {place.prompt + 1}: the model's log-probabilities are not finite at token "
+                f"{self.step + 1} of the answer. Did its training diverge?"
+            )
 
     def samples(self) -> Iterator[tuple[Place, Sample]]:
         """The answers, in the order of the rows."""

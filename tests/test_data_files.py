@@ -265,6 +265,9 @@ plain = st.recursive(
 )
 
 
+other_names = text.filter(lambda name: name not in NAMES)
+
+
 @st.composite
 def fields(draw):
     """What a comparison is made of; made in the test, since beartype's checks draw at random."""

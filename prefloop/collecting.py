@@ -1,7 +1,7 @@
 """Answers to a file of prompts, and their scores: kept as they come, gone on with after a kill."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Draw:
     n: int
     settings: Sampling
     seed: int
-    sampler: Sampler = FromPolicy()
+    sampler: Sampler = field(default_factory=FromPolicy)
 
     def __call__(self, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[list[Sample]]:
         """The answers to each prompt, given in tokens."""

@@ -1,0 +1,289 @@
+"""The commands end to end on a tiny model; a user's mistake is one line, exit 2, nothing written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from prefloop.cli import COMMANDS, main
+from prefloop.runs import read_json, read_jsonl, write_jsonl
+from prefloop.settings import TrainSettings
+
+WORDS = [f"w{number}" for number in range(60)]
+
+
+def score_words(prompt, response: str) -> float:
+    """A reward for tests: the share of even words."""
+    words = [word for word in response.split() if word.startswith("w")]
+    return sum(int(word[1:]) % 2 == 0 for word in words) / max(1, len(words))
+
+
+def score_nothing(prompt, response: str) -> float:
+    return float("nan")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.llama().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def sentence(start: int, length: int) -> str:
+    return " ".join(WORDS[(start * 7 + place * 3) % 60] for place in range(length))
+
+
+def comparisons(path: Path, count: int = 12) -> Path:
+    rows = [
+        {
+            "id": f"row-{n}",
+            "prompt": sentence(n, 3),
+            "responses": [sentence(n + 1, 4), sentence(n + 2, 6)],
+            "rank": [1, 2] if n % 2 else [2, 1],
+            "annotator": f"person-{n % 3}",
+        }
+        for n in range(count)
+    ]
+    write_jsonl(path, rows)
+    return path
+
+
+TRAIN = ["--lora-rank", "2", "--batch-size", "4", "--epochs", "2", "--lr", "0.01"]
+
+
+def train(model: str, data: Path, out: Path, *more: str) -> int:
+    return main(["train", "--model", model, "--data", str(data), "--out", str(out), *TRAIN, *more])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "policy" / "adapter_model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
+
+
+def test_the_loop_runs_from_prompts_to_a_report(model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    write_jsonl(prompts, ({"id": f"p{n}", "prompt": sentence(n, 4)} for n in range(6)))
+    short = ["--max-new-tokens", "6"]
+    steps = [
+        ["sample", "--model", model, "--data", prompts, "--out", tmp_path / "a", "--n", "3", *short],
+        ["score", "--data", tmp_path / "a/responses.jsonl", "--out", tmp_path / "b"]
+        + ["--reward", "test_cli:score_words"],
+        ["select", "--data", tmp_path / "b/scored.jsonl", "--out", tmp_path / "c"],
+        ["train", "--model", model, "--data", tmp_path / "c/selected.jsonl"]
+        + ["--out", tmp_path / "run", "--held-out-share", "0", *TRAIN],
+        ["evaluate", tmp_path / "run", "--data", prompts, "--reward", "test_cli:score_words"]
+        + [*short, "--n", "2"],
+        ["report", tmp_path / "run"],
+    ]
+    for words in steps:
+        assert main([str(word) for word in words]) == 0, words
+    selected = list(read_jsonl(tmp_path / "c/selected.jsonl"))
+    assert len(selected) == 6
+    assert sum(row["weight"] for row in selected) == 3
+    cut = read_json(tmp_path / "c/selection.json")["cut"]
+    assert all((row["pvar"] >= cut) == row["kept"] for row in selected)
+    assert [r["name"] for r in read_json(tmp_path / "run/evaluation.json")["result"]]
+    assert "<svg" in (tmp_path / "run/report.html").read_text()
+    assert "next: prefloop" in capsys.readouterr().out
+
+
+def test_a_run_is_replayed_from_its_config(model, tmp_path):
+    data = comparisons(tmp_path / "data.jsonl")
+    assert train(model, data, tmp_path / "first", "--objective", "IPO(tau=0.2)") == 0
+    config = str(tmp_path / "first" / "config.json")
+    assert main(["train", "--config", config, "--out", str(tmp_path / "second")]) == 0
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
+    assert read_json(tmp_path / "second/config.json")["settings"]["objective"] == "IPO(tau=0.2)"
+
+
+def test_a_run_killed_without_warning_resumes_to_the_same_bits(model, tmp_path):
+    data = comparisons(tmp_path / "data.jsonl", 16)
+    settings = ["--epochs", "40", "--save-every", "3"]
+    assert train(model, data, tmp_path / "whole", *settings) == 0
+    command = [sys.executable, "-m", "prefloop.cli", "train", "--model", model, "--data", data]
+    words = [*map(str, command), "--out", str(tmp_path / "killed"), *TRAIN, *settings]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    saved = tmp_path / "killed" / "checkpoint"
+    deadline = time.monotonic() + 120
+    while not list(saved.glob("step-*/state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "policy").exists(), "it ended before it could be killed"
+    assert train(model, data, tmp_path / "killed", *settings, "--resume") == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(model, tmp_path):
+    data = comparisons(tmp_path / "data.jsonl", 16)
+    words = ["train", "--model", model, "--data", data, "--out", tmp_path / "run", *TRAIN]
+    words += ["--epochs", "200", "--save-every", "100000"]
+    command = [sys.executable, "-m", "prefloop.cli", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size > 2000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert list((tmp_path / "run" / "checkpoint").glob("step-*/state.json"))
+
+
+def bad_json(folder: Path) -> list[str]:
+    path = comparisons(folder / "data.jsonl", 3)
+    path.write_text(path.read_text().replace('"row-1"', '"row-1', 1))
+    return ["--data", str(path)]
+
+
+def edited(change):
+    def make(folder: Path) -> list[str]:
+        path = comparisons(folder / "data.jsonl", 4)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        change(rows[2])
+        write_jsonl(path, rows)
+        return ["--data", str(path)]
+
+    return make
+
+
+def good_data(*more: str):
+    return lambda folder: ["--data", str(comparisons(folder / "data.jsonl")), *more]
+
+
+BAD_TRAINING = {
+    "malformed JSON": (bad_json, ["data.jsonl:2"]),
+    "a missing column": (edited(lambda row: row.pop("responses")), ["data.jsonl:3", "responses"]),
+    "an empty response": (
+        edited(lambda row: row.update(responses=["", "w1"])),
+        ["data.jsonl:3", "empty"],
+    ),
+    "a prompt past the context": (
+        edited(lambda row: row.update(prompt="w1 " * 600)),
+        ["data.jsonl:3", "512"],
+    ),
+    "ranks of the wrong length": (
+        edited(lambda row: row.update(rank=[1, 2, 3])),
+        ["data.jsonl:3", "rank"],
+    ),
+    "an unknown objective": (good_data("--objective", "DPQ()"), ["perhaps you meant DPO"]),
+    "an unknown field": (good_data("--objective", "DPO(betta=1)"), ["perhaps you meant beta"]),
+    "a setting out of range": (good_data("--lr", "-1"), ["lr", "-1"]),
+    "no such file": (lambda folder: ["--data", str(folder / "none.jsonl")], ["none.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_bad_input_ends_in_one_line_and_writes_nothing(model, tmp_path, capsys, case):
+    make, said = BAD_TRAINING[case]
+    out = tmp_path / "run"
+    words = ["train", "--model", model, "--out", str(out), *TRAIN, *make(tmp_path)]
+    assert exit_status(words) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in said), error
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+def exit_status(words: list[str]) -> int:
+    try:
+        return main(words)
+    except SystemExit as stopped:  # the option parser's way
+        return int(stopped.code or 0)
+
+
+def test_an_unknown_option_gets_a_suggestion(model, tmp_path, capsys):
+    words = ["train", "--model", model, "--data", "d", "--out", "o", "--batch-sise", "3"]
+    assert exit_status(words) == 2
+    assert "--batch-size" in "".join(capsys.readouterr())
+
+
+def test_an_unknown_command_gets_a_suggestion(capsys):
+    assert main(["trian"]) == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_never_overwritten(model, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    assert train(model, comparisons(tmp_path / "data.jsonl"), out) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "run"
+    assert train(str(tmp_path / "empty"), comparisons(tmp_path / "data.jsonl"), out) == 2
+    assert str(tmp_path / "empty") in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_reward_that_is_no_number_names_the_row_and_ends_no_file(tmp_path, capsys):
+    data = comparisons(tmp_path / "data.jsonl", 3)
+    words = ["score", "--data", str(data), "--out", str(tmp_path / "s")]
+    assert main([*words, "--reward", "test_cli:score_nothing"]) == 2
+    assert "data.jsonl:1" in capsys.readouterr().err
+    assert not (tmp_path / "s" / "scored.jsonl").exists()
+
+
+def test_resuming_with_other_settings_is_refused_by_name(model, tmp_path, capsys):
+    data = comparisons(tmp_path / "data.jsonl")
+    assert train(model, data, tmp_path / "run") == 0
+    assert train(model, data, tmp_path / "run", "--seed", "5", "--resume") == 2
+    assert "seed was 0, is 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_that_starts_fast(command):
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "prefloop.cli", command, "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout
+    assert time.perf_counter() - started < 3
+
+
+def test_the_help_of_train_names_every_setting_of_the_loop(capsys):
+    exit_status(["train", "--help"])
+    said = capsys.readouterr().out
+    for name in TrainSettings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in said
+
+
+def test_a_comparison_of_weight_zero_is_not_trained_on(model, tmp_path, capsys):
+    rows = [json.loads(line) for line in comparisons(tmp_path / "d.jsonl").read_text().splitlines()]
+    for row in rows[:4]:
+        row["weight"] = 0.0
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    assert train(model, tmp_path / "d.jsonl", tmp_path / "run", "--held-out-share", "0") == 0
+    assert "8 comparisons (4 not selected left out)" in capsys.readouterr().out
+
+

@@ -50,7 +50,7 @@ def sampled_objectives(beta: float) -> dict[str, Pairwise]:
 
 
 def sampled_curves(
-    rng: torch.Generator, beta: float, problems: int = 6, steps: int = 3000, batch: int = 512
+    rng: torch.Generator, beta: float, problems: int = 6, steps: int = 1500, batch: int = 512
 ) -> tuple[float, dict[str, Curve]]:
     """Train every objective on the same sampled pairs; the start and a curve for each.
 

@@ -264,7 +264,7 @@ def _hinge_optimum(beta: float, taught: Lesson) -> Float[Tensor, "R Y"]:
     def loss(step: int) -> Tensor:
         return expected_loss(objective, policy.logp(), taught.reference, weight).sum()
 
-    anneal(policy, loss, steps=3000, lr=0.05)
+    anneal(policy, loss, steps=1500, lr=0.05)
     return policy.logp().detach()
 
 

@@ -45,12 +45,12 @@ def bars(
 
 
 def curves(
-    ax: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], marker: str = ""
+    ax: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], style: str = "-"
 ) -> None:
-    """One line for each name of `series` over the same x."""
+    """One line for each name of `series` over the same x; `style` is matplotlib's ("--", "o-")."""
     for place, (name, values) in enumerate(series.items()):
-        ax.plot(x, values, label=name, color=COLORS[place % len(COLORS)], marker=marker, ms=3)
-    ax.legend(fontsize=8, frameon=False)
+        ax.plot(x, values, style, label=name, color=COLORS[place % len(COLORS)], ms=3)
+    ax.legend(fontsize=7, frameon=False)
 
 
 def logarithmic(ax: Axes, ticks: Sequence[float]) -> None:

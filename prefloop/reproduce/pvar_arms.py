@@ -239,7 +239,7 @@ def tenth(rng: torch.Generator, world: World) -> Reproduction:
         ).noting("a sufficient mechanism, true by construction; no confirmation of the paper"),
     )
     figure, (ax,) = panels(["Win rate after 400 steps"])
-    curves(ax, biases, {name: v.mean(-1).tolist() for name, v in wins.items()}, marker="o")
+    curves(ax, biases, {name: v.mean(-1).tolist() for name, v in wins.items()}, style="o-")
     ax.set_xlabel("size of the annotators' bias")
     columns = ("bias", *wins)
     table = Table(title="E3: win rate (s.e.) after 400 steps", columns=columns, rows=rows)
@@ -263,7 +263,7 @@ def objectives(rng: torch.Generator, world: World) -> Reproduction:
     figure, axes = panels([f"{name}, {labels}" for name, labels in shown], columns=2)
     for ax, ((name, _), means) in zip(axes, shown.items(), strict=True):
         rates = OBJECTIVES[name][1]
-        curves(ax, rates, {arm: means[:, i].tolist() for i, arm in enumerate(ARMS[:3])}, "o")
+        curves(ax, rates, {arm: means[:, i].tolist() for i, arm in enumerate(ARMS[:3])}, "o-")
         logarithmic(ax, rates)
         ax.set(xlabel="step size", ylabel="win rate")
     table = Table(

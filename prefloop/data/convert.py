@@ -14,7 +14,7 @@ from prefloop.data.keys import prompt_key
 from prefloop.types import Comparison
 
 
-def rank_from_scores(scores: Sequence[float]) -> tuple[int, ...]:
+def rank_from_scores(scores: Sequence[float | int]) -> tuple[int, ...]:
     """1 for the highest score, 2 for the next lower one, ...; equal scores share a rank.
 
     (0.3, 0.9, 0.3) gives (2, 1, 2).

@@ -231,11 +231,12 @@ def _(figure: Histogram, axes: Axes) -> None:
 
 @_fill.register
 def _(figure: Heatmap, axes: Axes) -> None:
-    values = np.ma.masked_invalid(
-        np.array(figure.values, dtype=float).reshape(len(figure.rows), -1)
-    )
+    table = np.array(figure.values, dtype=float).reshape(len(figure.rows), len(figure.columns))
+    values = np.ma.masked_invalid(table)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
+    if not values.size:
+        return
     small = values.size <= VECTOR_CELLS
     mesh = axes.pcolormesh(
         values,
@@ -249,10 +250,8 @@ def _(figure: Heatmap, axes: Axes) -> None:
     _name_ticks(axes, "y", figure.rows)
     if values.size > LABELLED_CELLS or not values.count():
         return
-    for (row, column), value in np.ndenumerate(values):
-        if value is np.ma.masked:
-            continue
-        dark = float(mesh.norm(value)) > 0.45 and values.min() < values.max()
+    for (row, column), value in np.ma.ndenumerate(values):
+        dark = np.asarray(mesh.norm(value)).item() > 0.45 and values.min() < values.max()
         ink = "#ffffff" if dark else "#14245c"
         label = number(float(value), digits=3)
         axes.text(column + 0.5, row + 0.5, label, ha="center", va="center", color=ink, size=7.5)

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-Cell: TypeAlias = "str | int | float | bool | Interval | None"
+Number: TypeAlias = int | float
+Cell: TypeAlias = "str | Number | bool | Interval | None"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """A number with its confidence interval; unit "share" is shown as a percentage, with a bar."""
 
-    value: float
-    low: float = math.nan
-    high: float = math.nan
+    value: Number
+    low: Number = math.nan
+    high: Number = math.nan
     unit: str = ""
 
 
@@ -40,10 +41,10 @@ class Series:
     """
 
     name: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    low: tuple[float, ...] | None = None
-    high: tuple[float, ...] | None = None
+    x: tuple[Number, ...]
+    y: tuple[Number, ...]
+    low: tuple[Number, ...] | None = None
+    high: tuple[Number, ...] | None = None
     colour: int | None = None
     dashed: bool = False
     faint: bool = False
@@ -88,10 +89,10 @@ class Point:
     """
 
     name: str
-    x: float
-    y: float
-    x_error: float = 0.0
-    y_error: float = 0.0
+    x: Number
+    y: Number
+    x_error: Number = 0.0
+    y_error: Number = 0.0
     colour: int | None = None
     hollow: bool = False
 
@@ -115,7 +116,7 @@ class Heatmap:
     title: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
+    values: tuple[tuple[Number, ...], ...]
     note: str = ""
 
 
@@ -125,8 +126,8 @@ class Histogram:
 
     title: str
     x_label: str = ""
-    values: tuple[float, ...]
-    cut: float | None = None
+    values: tuple[Number, ...]
+    cut: Number | None = None
     note: str = ""
 
 
@@ -148,7 +149,7 @@ class Text:
 
     name: str
     text: str
-    reward: float | None = None
+    reward: Number | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

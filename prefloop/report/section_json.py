@@ -1,6 +1,7 @@
 """Sections from JSON: how any stage adds a page to the report of its run.
 
-A stage writes `NAME.section.json` into the run folder and touches nothing of the report. All keys but "title" may be left out.
+A stage writes `NAME.section.json` into the run folder and touches nothing of the report. All keys
+but "title" may be left out.
 
     {"title": "Annotator types", "paragraphs": ["..."],
      "tables": [{"title": "...", "columns": ["type", "eta"], "rows": [["a", 0.4]]}],

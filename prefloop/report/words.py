@@ -7,7 +7,7 @@ HIDDEN = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF
 """Characters that reorder text without being seen."""
 
 
-def number(value: float, digits: int = 4) -> str:
+def number(value: int | float, digits: int = 4) -> str:
     """A number in `digits` significant digits, as short as it goes; NaN and infinities by name."""
     if isinstance(value, int) or (
         math.isfinite(value) and value == int(value) and abs(value) < 1e15

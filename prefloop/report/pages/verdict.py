@@ -50,7 +50,7 @@ def _sentences(run: Run) -> tuple[str, ...]:
     return tuple(map(str, sentences))
 
 
-def _numbers(run: Run) -> tuple[tuple[str, str | float | None], ...]:
+def _numbers(run: Run) -> tuple[tuple[str, str | int | float | None], ...]:
     numbers = run.diagnosis.get("numbers", {})
     if not isinstance(numbers, dict):
         raise UserError(f"{run.folder / 'diagnosis.json'}: numbers must be an object")

@@ -6,14 +6,13 @@ time: forward, a chunk is kept for the backward pass only while all that is kept
 in. To add a way to compute: write a function of type `LogpsOf`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 64 * 2**20  # one chunk of float32 logits: large enough for a full-speed product
@@ -68,7 +67,7 @@ def chunked(
 
     A plain linear head is fused. A head with something around it (an adapter, a saved copy, a
     sharded weight, a softcap) is called as the module it is, under activation checkpointing.
-    A second derivative through the fused head raises: use `exact`.
+    A second derivative through a fused head raises RuntimeError: use `exact`.
     """
     if _is_plain_linear(head):
         assert isinstance(head.module, nn.Linear)
@@ -76,25 +75,23 @@ def chunked(
         dtype = computing_dtype(hidden.device, weight.dtype)
         hidden, weight = (hidden * head.scale).to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        if not torch.is_grad_enabled():  # then nothing is kept for a backward pass
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             return _Fused.apply(hidden, weight, bias, target, with_collision)
-    size = _chunk_size(head.vocabulary)
-    token, collision = [hidden.new_zeros(0, dtype=torch.float32)], []
-    for start in range(0, len(target), size):
-        some, theirs = slice(start, start + size), None
-        part, theirs = checkpoint(
-            exact, head, hidden[some], target[some], with_collision, use_reentrant=False
-        )
-        token.append(part)
-        collision.append(theirs)
-    return torch.cat(token), torch.cat(collision) if with_collision and collision else None
+    parts = [
+        checkpoint(exact, head, hidden[some], target[some], with_collision, use_reentrant=False)
+        for _, some in _chunks(len(target), head.vocabulary)
+    ]
+    token = torch.cat([part for part, _ in parts])
+    return token, torch.cat([part for _, part in parts]) if with_collision else None
 
 
 def _is_plain_linear(head: Head) -> bool:
     module = head.module
     return (
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter  # a sharded weight is a DTensor
+        and type(module.weight) in (nn.Parameter, Tensor)  # a sharded weight is a DTensor
         and head.softcap is None
         and (module.bias is None or head.scale == 1.0)
     )
@@ -106,81 +103,105 @@ def computing_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype
     return torch.get_autocast_dtype(device.type) if on else otherwise
 
 
-def _chunk_size(vocabulary: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
-
-
 class _Fused(torch.autograd.Function):
     """log p(target) of a linear head.
 
         d logp_t / d hidden_t = W[target_t] - sum_v p_tv W_v
 
-    What is kept or made again is p, a chunk at a time. Where the weight is frozen (an adapter is
-    trained) the derivative above is taken in forward, so that p is never kept nor made twice.
+    A table of exponentials is e = exp(logit - largest), so that p = e / total; dividing waits
+    until after the products with it. Where the weight is frozen (an adapter is trained) the
+    derivative above is taken in forward, so that no table is kept nor made twice.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, extra: bool
     ) -> tuple[Tensor, Tensor | None]:
-        train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-        size = _chunk_size(len(weight))
+        ctx.train_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         token = hidden.new_empty(len(target), dtype=torch.float32)
+        largest, total = torch.empty_like(token), torch.empty_like(token)
         collision = torch.empty_like(token) if extra else None
-        log_total = torch.empty_like(token)
-        slope = torch.empty_like(hidden) if hidden.requires_grad and not train_head else None
-        kept: list[Tensor] = []
-        room = KEPT_BYTES // (4 * len(weight)) if train_head else 0
-        for start in range(0, len(target), size):
-            some = slice(start, min(start + size, len(target)))
+        slope = torch.empty_like(hidden if ctx.needs_input_grad[0] else hidden[:0])
+        ctx.kept = {}
+        room = KEPT_BYTES // (4 * len(weight)) if ctx.train_head else 0
+        for start, some in _chunks(len(target), len(weight)):
             table = _logits(hidden[some], weight, bias)
             token[some] = table.gather(-1, target[some].unsqueeze(-1)).squeeze(-1)
-            log_total[some] = _softmax_(table)
+            torch.amax(table, -1, out=largest[some])
+            table.sub_(largest[some].unsqueeze(-1)).exp_()
+            torch.sum(table, -1, out=total[some])
             if collision is not None:
-                collision[some] = 2 * torch.linalg.vector_norm(table, dim=-1).log()
-            if slope is not None:
-                slope[some] = weight[target[some]] - table.to(weight.dtype) @ weight
+                norm = torch.linalg.vector_norm(table, dim=-1)
+                collision[some] = 2 * (norm / total[some]).log()
+            if len(slope) and not ctx.train_head:
+                mean = (table.to(weight.dtype) @ weight) / total[some].unsqueeze(-1)
+                slope[some] = weight[target[some]] - mean
             if some.stop <= room:
-                kept.append(table)
-        token -= log_total
-        saved = (hidden, weight, bias, target, log_total) if train_head else (slope,)
-        ctx.save_for_backward(*saved)
-        ctx.kept, ctx.train_head = kept, train_head
+                ctx.kept[start] = table
+        token -= largest + total.log()
+        work = (target, largest, total) if ctx.train_head else (slope,)
+        ctx.save_for_backward(hidden, weight, bias, *work)
         if collision is not None:
             ctx.mark_non_differentiable(collision)
         return token, collision
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's own stub is looser
         ctx: Any, grad: Tensor, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        second = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad():
+            grads = _Fused.gradients(ctx, grad)
+        if second:  # autograd would take the gradients for constants, and say nothing
+            inputs = ctx.saved_tensors[:3]
+            grads = tuple(g if g is None else _Once.apply(g, *inputs) for g in grads)
+        return (*grads, None, None)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight and bias."""
+        hidden, weight, bias, *work = ctx.saved_tensors
         if not ctx.train_head:
-            (slope,) = ctx.saved_tensors
-            return (slope * grad.unsqueeze(-1).to(slope.dtype), None, None, None, None)
-        hidden, weight, bias, target, log_total = ctx.saved_tensors
-        size = _chunk_size(len(weight))
+            (slope,) = work
+            return slope * grad.unsqueeze(-1).to(slope.dtype), None, None
+        target, largest, total = work
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for index, start in enumerate(range(0, len(target), size)):
-            some = slice(start, start + size)
-            if index < len(ctx.kept):
-                table = ctx.kept[index]
-                ctx.kept[index] = None
-            else:
+        for start, some in _chunks(len(target), len(weight)):
+            table = ctx.kept.pop(start, None)
+            if table is None:
                 table = _logits(hidden[some], weight, bias)
-                table.sub_(log_total[some].unsqueeze(-1)).exp_()
+                table.sub_(largest[some].unsqueeze(-1)).exp_()
             table = table.to(weight.dtype)
-            by = grad[some].unsqueeze(-1).to(hidden.dtype)
-            torch.mul(weight[target[some]] - table @ weight, by, out=grad_hidden[some])
-            grad_weight = _minus_product(grad_weight, table, hidden[some] * by)
+            by, each = grad[some].unsqueeze(-1), total[some].unsqueeze(-1)
+            grad_hidden[some] = by * (weight[target[some]] - (table @ weight) / each)
+            grad_weight = _minus_product(grad_weight, table, hidden[some] * (by / each))
             if grad_bias is not None:
-                grad_bias -= table.float().T @ grad[some]
+                grad_bias -= table.float().T @ (by / each).squeeze(-1)
         grad_weight.index_add_(0, target, hidden.float() * grad.unsqueeze(-1))
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.index_add_(0, target, grad).to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias
+
+
+class _Once(torch.autograd.Function):
+    """A value made from `inputs` that may be used but not differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs: Tensor | None) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("the chunked head has no second derivative; `exact` has")
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[tuple[int, slice]]:
+    """Start and place of each chunk whose float32 logits fill `CHUNK_BYTES`."""
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    for start in range(0, tokens, size):
+        yield start, slice(start, min(start + size, tokens))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,16 +209,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nn.functional.linear(hidden, weight, bias).float()
 
 
-def _softmax_(table: Tensor) -> Tensor:
-    """Turn logits into probabilities in place; returns the log of the sum of exponentials."""
-    largest = table.amax(-1, keepdim=True)
-    total = table.sub_(largest).exp_().sum(-1, keepdim=True)
-    table.div_(total)
-    return (largest + total.log()).squeeze(-1)
-
-
 def _minus_product(into: Tensor, table: Tensor, hidden: Tensor) -> Tensor:
     """into - table^T hidden, summed in float32 over chunks."""
+    hidden = hidden.to(table.dtype)
     if into.dtype == table.dtype:
         return into.addmm_(table.T, hidden, alpha=-1)
     return into.sub_(table.T @ hidden)

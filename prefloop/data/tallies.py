@@ -183,7 +183,8 @@ class LengthBias:
     Attributes:
         longer_wins: share of ordered pairs in which the better response has more characters.
         low, high: 95 % interval that takes the pairs of one prompt as alike (cluster-robust, t;
-            Wilson's over prompts where all pairs agree); None for a single prompt.
+            Wilson's over prompts where all pairs agree); None where one prompt has all the pairs
+            and they disagree.
         pairs: ordered pairs of different length, which the share is of.
         equal: ordered pairs of equal length, left out.
     """

@@ -171,7 +171,7 @@ def reference_of(
             rows,
             path=cache_folder() / "reference",
             identity=model_identity(policy.base),
-            device=policy.device,
+            token_budget=settings.token_budget,
             progress=on_rows,
         )
 

@@ -127,6 +127,12 @@ class Logps:
         picked = None if self.collision is None else self.collision[index]
         return Logps(self.token[index], self.mask[index], picked)
 
+    def to(self, device: torch.device | str) -> "Logps":
+        """The same numbers on `device`."""
+        collision = None if self.collision is None else self.collision.to(device)
+        embeddings = None if self.embeddings is None else self.embeddings.to(device)
+        return Logps(self.token.to(device), self.mask.to(device), collision, embeddings)
+
     def detach(self) -> "Logps":
         """The same numbers without a gradient."""
         collision = None if self.collision is None else self.collision.detach()

@@ -1,19 +1,23 @@
 """The engine: log-probabilities of responses, with the prompt encoded once."""
 
+from prefloop.logps.cache import CachedLogps, cached_reference, model_identity
 from prefloop.logps.head import chunked, exact
 from prefloop.logps.layout import buckets
 from prefloop.logps.scorer import Scorer, hidden_sums, verify
 from prefloop.logps.ways import FullLogits, Masked, OneARow, PrefixShared
 
 __all__ = [
+    "CachedLogps",
     "FullLogits",
     "Masked",
     "OneARow",
     "PrefixShared",
     "Scorer",
     "buckets",
+    "cached_reference",
     "chunked",
     "exact",
     "hidden_sums",
+    "model_identity",
     "verify",
 ]

@@ -149,7 +149,9 @@ class Trainer:
 
     def losses(self, part: Sequence[Tokenized], policy: Logps) -> tuple[torch.Tensor, Totals]:
         """Weighted loss of each comparison, and the totals for the log."""
-        reference = None if self.reference is None else self.reference(part)
+        reference = None
+        if self.reference is not None:
+            reference = self.reference(part).to(policy.token.device)
         judged = judgement(part, policy.token.device)
         losses = self.objective.per_comparison(policy, reference, judged)
         totals = batch_totals(self.objective, policy, reference, judged, losses)

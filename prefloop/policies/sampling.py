@@ -148,7 +148,7 @@ def iter_samples(
         _Row(Place(index, answer), blend)
         for index, prompt in enumerate(prompts)
         for answer, blend in enumerate(
-            sampler.blends(n, np.random.default_rng(_key(seed, prompt, -1)))
+            sampler.blends(n, np.random.default_rng(_key(seed, prompt, "sampler")))
         )
     ]
     for needs, group in _by_needs(rows).items():
@@ -177,10 +177,14 @@ def _refuse_bad_prompts(policy: Policy, prompts: Sequence[Sequence[int]]) -> Non
             )
 
 
-def _key(seed: int, prompt: Sequence[int], answer: int) -> int:
-    """Seed of the random numbers of one answer (or, for answer -1, of the prompt's sampler)."""
-    said = f"{seed}/{answer}/{','.join(map(str, prompt))}"
+def derived_seed(*of: int | str) -> int:
+    """A seed, in [0, 2^63), that is a function of `of` and of nothing else."""
+    said = "/".join(map(str, of))
     return int.from_bytes(blake2b(said.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _key(seed: int, prompt: Sequence[int], answer: int | str) -> int:
+    return derived_seed(seed, answer, ",".join(map(str, prompt)))
 
 
 @torch.no_grad()

@@ -9,11 +9,16 @@ from matplotlib.ticker import NullLocator
 COLORS = ("#2b6cb0", "#dd6b20", "#718096", "#38a169", "#805ad5", "#c53030", "#b7791f", "#319795")
 
 
-def panels(titles: Sequence[str], columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure with one titled panel for each title, in rows of at most `columns`."""
+def panels(
+    titles: Sequence[str], columns: int = 3, width: float = 4.2
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one titled panel for each title, in rows of at most `columns`.
+
+    `width` is that of one panel, in inches.
+    """
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, 3.2 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[len(titles) :]:
         spare.set_axis_off()
@@ -41,7 +46,7 @@ def bars(
             color=COLORS[place % len(COLORS)],
         )
     ax.set_xticks(range(len(groups)), groups, fontsize=8)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def curves(
@@ -50,7 +55,7 @@ def curves(
     """One line for each name of `series` over the same x; `style` is matplotlib's ("--", "o-")."""
     for place, (name, values) in enumerate(series.items()):
         ax.plot(x, values, style, label=name, color=COLORS[place % len(COLORS)], ms=3)
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=7)
 
 
 def logarithmic(ax: Axes, ticks: Sequence[float]) -> None:

@@ -148,7 +148,7 @@ def reported_table() -> Table:
 
 def halves_figure(outcomes: dict[tuple[str, float], Outcome]) -> dict[str, Figure]:
     """Win rates of the arms, and their training loss with clean best/worst labels."""
-    figure, (left, right) = panels(["Held-out win rate over the start", "Training loss"])
+    figure, (left, right) = panels(["Held-out win rate over the start", "Training loss"], width=5.5)
     groups = [f"{labels}\nnoise {noise:g}" for labels, noise in outcomes]
     series = {
         arm: [mean_and_error(outcome.win[place]) for outcome in outcomes.values()]
@@ -156,7 +156,6 @@ def halves_figure(outcomes: dict[tuple[str, float], Outcome]) -> dict[str, Figur
     }
     bars(left, groups, series)
     left.set_ylim(0.5, 0.95)
-    left.tick_params(axis="x", labelsize=6)
     curve = outcomes["best/worst", 0.0].curve
     lines = {arm: curve[:, place].tolist() for place, arm in enumerate(ARMS[:3])}
     curves(right, list(range(len(curve))), lines)
@@ -193,14 +192,13 @@ def robustness(rng: torch.Generator) -> Reproduction:
     )
     title = "E2: share of the truly most diverse half that a score keeps (20,000 prompts)"
     columns = ("n", "error of the reward model", "PVar", "reward gap")
-    figure, (ax,) = panels(["Top half found, n = 8"])
+    figure, (ax,) = panels(["Top half found, n = 8"], width=8)
     eight = [row for row in rows if row[0] == 8]
     bars(
         ax,
         [row[1].replace(", ", "\n") for row in eight],
         {"PVar": [(row[2], 0.0) for row in eight], "gap": [(row[3], 0.0) for row in eight]},
     )
-    ax.tick_params(axis="x", labelsize=5)
     return Reproduction(
         name="pvar",
         claims=claims,

@@ -106,7 +106,7 @@ def test_the_share_bar_is_where_the_numbers_are(text):
 
 
 def test_selection_counts_and_shows_both_ends(page):
-    assert "4 of 8 prompts were kept by the rule top half." in page.text
+    assert "4 of 8 prompts were kept (top half)." in page.text
     assert "above the cut" in page.text
     highest, lowest = page.text.index("Highest preference"), page.text.index("Lowest preference")
     assert "sea. 7" in page.text[highest:lowest]

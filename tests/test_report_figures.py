@@ -88,6 +88,16 @@ def test_a_value_that_is_missing_is_a_gap():
     assert path_of(gap, 0).count("M") == 2
 
 
+def test_a_value_between_two_gaps_is_a_dot():
+    def dots(*y: float) -> int:
+        series = Series(name="s", x=(0, 1, 2, 3), y=y)
+        return len(list(svg(Lines(title="l", series=(series,))).iter(f"{SVG}use")))
+
+    assert dots(1, 2, 3, 4) == 0
+    assert dots(1, 2, math.nan, 4) == 1
+    assert dots(1, math.nan, 2, math.nan) == 2
+
+
 def test_a_heat_map_labels_its_cells_and_leaves_the_missing_one_empty():
     texts = [part.text for part in svg(FIGURES[3]).iter(f"{SVG}text")]
     assert "0.5" in texts

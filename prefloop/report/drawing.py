@@ -31,7 +31,7 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
-    "font.size": 9.5,
+    "font.size": 10,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
     "axes.spines.top": False,
@@ -155,7 +155,6 @@ def _(figure: Lines, axes: Axes) -> None:
     for index, series in enumerate(figure.series):
         colour = SERIES[_colour(index, series.colour)]
         x, y = np.array(series.x), np.array(series.y, dtype=float)
-        marks = series.marks or len(x) == 1
         axes.plot(
             x,
             y,
@@ -163,7 +162,8 @@ def _(figure: Lines, axes: Axes) -> None:
             linestyle=(0, (4, 2)) if series.dashed else "-",
             linewidth=0.8 if series.faint else 1.7,
             alpha=0.35 if series.faint else 1,
-            marker="o" if marks else "",
+            marker="o",
+            markevery=np.isfinite(y) if series.marks else _alone(y),
             markersize=5,
             markeredgecolor=SURFACE,
             markeredgewidth=0.8,
@@ -178,7 +178,7 @@ def _(figure: Lines, axes: Axes) -> None:
     else:
         axes.yaxis.set_major_locator(_ticks(5))
     axes.xaxis.set_major_locator(_ticks(6, whole=_whole(figure)))
-    axes.set(xlabel=_label(figure.x_label, 60), ylabel=_label(figure.y_label, 40))
+    axes.set(xlabel=_label(figure.x_label, 44), ylabel=_label(figure.y_label, 26))
 
 
 @_fill.register
@@ -202,7 +202,7 @@ def _(figure: Scatter, axes: Axes) -> None:
     axes.margins(0.15)
     axes.xaxis.set_major_locator(_ticks(6))
     axes.yaxis.set_major_locator(_ticks(5))
-    axes.set(xlabel=_label(figure.x_label, 60), ylabel=_label(figure.y_label, 40))
+    axes.set(xlabel=_label(figure.x_label, 44), ylabel=_label(figure.y_label, 26))
 
 
 @_fill.register
@@ -210,7 +210,7 @@ def _(figure: Histogram, axes: Axes) -> None:
     values = np.array([value for value in figure.values if np.isfinite(value)])
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_locator(_ticks(5, whole=True))
-    axes.set(xlabel=_label(figure.x_label, 60), ylabel="count")
+    axes.set(xlabel=_label(figure.x_label, 44), ylabel="count")
     if not len(values):
         return
     edges = _edges(values, figure.cut)
@@ -254,7 +254,13 @@ def _(figure: Heatmap, axes: Axes) -> None:
         dark = np.asarray(mesh.norm(value)).item() > 0.45 and values.min() < values.max()
         ink = "#ffffff" if dark else "#14245c"
         label = number(float(value), digits=3)
-        axes.text(column + 0.5, row + 0.5, label, ha="center", va="center", color=ink, size=7.5)
+        axes.text(column + 0.5, row + 0.5, label, ha="center", va="center", color=ink, size=8.5)
+
+
+def _alone(values: np.ndarray) -> np.ndarray:
+    """Which values have a gap on both sides, where a line alone would show nothing."""
+    known = np.pad(np.isfinite(values), 1)
+    return known[1:-1] & ~known[:-2] & ~known[2:]
 
 
 def _ticks(count: int, whole: bool = False) -> MaxNLocator:

@@ -13,10 +13,10 @@ from markupsafe import Markup
 
 from prefloop.report.drawing import describe, draw, legend
 from prefloop.report.section import Figure, Interval, Picture, Section
-from prefloop.report.words import number, percent, visible
+from prefloop.report.words import number, percent, shorten, visible
 
-SHORT = 450
-"""Characters of a text shown at once; the rest unfolds."""
+HEADING = 120
+"""Characters of a title or name."""
 LONG = 20_000
 """Characters of a text in the page at all."""
 
@@ -39,6 +39,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         "interval": _interval,
         "position": _position,
         "cut": _cut,
+        "shorten": lambda text: shorten(text, HEADING),
     }
     style = environment.get_template("style.css").render()
     return environment.get_template("page.html.jinja").render(
@@ -82,10 +83,10 @@ def _position(share: float) -> Markup:
     return Markup(f"{100 * min(1.0, max(0.0, share)):.2f}%")
 
 
-def _cut(text: str) -> tuple[str, str, int]:
+def _cut(text: str, room: int) -> tuple[str, str, int]:
     """(what is shown at once, what unfolds, how many characters are left out of the page)."""
-    if len(text) <= SHORT + SHORT // 10:  # a few characters more are not worth a click
+    if len(text) <= room + room // 10:  # a few characters more are not worth a click
         return text, "", 0
-    space = text.rfind(" ", SHORT // 2, SHORT)
-    head = SHORT if space < 0 else space
+    space = text.rfind(" ", room // 2, room)
+    head = room if space < 0 else space
     return text[:head], text[head:LONG], max(0, len(text) - LONG)

@@ -52,7 +52,7 @@ def _of_run(run: Run) -> Section:
     )
     return Section(
         title="Selection",
-        lead=f"{kept} of {total} prompts were kept" + (f" by the rule {rule}." if rule else "."),
+        lead=f"{kept} of {total} prompts were kept" + (f" ({rule})." if rule else "."),
         tables=tuple(tables),
         figures=(histogram,) if scores else (),
     )

@@ -99,7 +99,7 @@ def test_the_loop_runs_from_prompts_to_a_report(model, tmp_path, capsys):
         assert main([str(word) for word in words]) == 0, words
     selected = list(read_jsonl(tmp_path / "c/selected.jsonl"))
     assert len(selected) == 6
-    assert sum(row["weight"] for row in selected) == 3
+    assert sum(row.get("weight", 1.0) for row in selected) == 3
     cut = read_json(tmp_path / "c/selection.json")["cut"]
     assert all((row["pvar"] >= cut) == row["kept"] for row in selected)
     assert [r["name"] for r in read_json(tmp_path / "run/evaluation.json")["result"]]
@@ -109,11 +109,11 @@ def test_the_loop_runs_from_prompts_to_a_report(model, tmp_path, capsys):
 
 def test_a_run_is_replayed_from_its_config(model, tmp_path):
     data = comparisons(tmp_path / "data.jsonl")
-    assert train(model, data, tmp_path / "first", "--objective", "IPO(tau=0.2)") == 0
+    assert train(model, data, tmp_path / "first", "--objective", "IPO(beta=0.2)") == 0
     config = str(tmp_path / "first" / "config.json")
     assert main(["train", "--config", config, "--out", str(tmp_path / "second")]) == 0
     assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
-    assert read_json(tmp_path / "second/config.json")["settings"]["objective"] == "IPO(tau=0.2)"
+    assert read_json(tmp_path / "second/config.json")["settings"]["objective"] == "IPO(beta=0.2)"
 
 
 def test_a_run_killed_without_warning_resumes_to_the_same_bits(model, tmp_path):

@@ -5,7 +5,9 @@ a command: a file with its dataclass beside this one, and a row here.
 """
 
 import difflib
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from importlib import import_module
@@ -40,6 +42,7 @@ prefloop --version         the version
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the commands have their own
     if not words or words[0] in {"-h", "--help", "help"}:
         rows = "\n".join(f"  {name:<11}{what}" for name, what in COMMANDS.items())
         print(HELP.format(commands=rows))
@@ -61,6 +64,7 @@ def _run(name: str, words: list[str]) -> int:
 
     from prefloop.errors import UserError
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, not of the user
     module = import_module(f"prefloop.cli.{name}")
     command = getattr(module, name.capitalize())
     try:

@@ -1,9 +1,9 @@
 """The one training loop, its plan, its checkpoints and its run on disk."""
 
+from prefloop.settings import TrainSettings
 from prefloop.trainer.build import build_trainer
 from prefloop.trainer.loop import Gradient, NonFiniteError, Passes, Trainer, backward
 from prefloop.trainer.run import Interrupted, Progress, fit
-from prefloop.settings import TrainSettings
 
 __all__ = [
     "Gradient",

@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from prefloop.objectives import Objective
-from prefloop.trainer.loop import Gradient, Reference, Trainer, backward
 from prefloop.settings import TrainSettings
+from prefloop.trainer.loop import Gradient, Reference, Trainer, backward
 from prefloop.types import UserError
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from prefloop.objectives import Objective
+from prefloop.settings import TrainSettings
 from prefloop.trainer.metrics import Totals, add_totals, batch_totals, means
 from prefloop.trainer.plan import (
     batch_indices,
@@ -25,7 +26,6 @@ from prefloop.trainer.plan import (
     forward_passes,
     steps_per_epoch,
 )
-from prefloop.settings import TrainSettings
 from prefloop.types import Logps, Tokenized, UserError, judgement, score
 
 Reference = Callable[[Sequence[Tokenized]], Logps]

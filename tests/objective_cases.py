@@ -4,8 +4,10 @@ A new objective gets a row in `CASES`; the laws of `test_objectives_laws.py` the
 Six decimals; the arithmetic stands above each row. How comparisons are made: `objective_world.py`.
 """
 
+import re
 from typing import NamedTuple
 
+import pytest
 from objective_world import LN, World, fixture, ratios, world
 
 from prefloop import objectives as o
@@ -295,3 +297,7 @@ WRAPPERS = [
 ]
 
 CASES = PAIRS + BATCHES + LISTS + SCORES + LABELS + WRAPPERS
+
+KINDS = {re.sub(r"\d[\d.e-]*", "#", repr(case.objective)): case.objective for case in CASES}
+each = pytest.mark.parametrize("objective", KINDS.values(), ids=repr)
+"""Every objective of the table once; again where it differs in more than numbers."""

@@ -92,3 +92,67 @@ def fixture(chosen: float = -4.0, rejected: float = -6.0, **judged) -> World:
     per token (0.25, -0.5).
     """
     return world([[[chosen / 4] * 4, [rejected / 2] * 2]], [[[-1.25] * 4, [-2.5] * 2]], **judged)
+
+
+def random_world(best: int = 2) -> World:
+    """Four comparisons of 5, 5, 4 and 5 responses, `best` of them of the first rank."""
+    rng = torch.Generator().manual_seed(4)
+    shape = (4, 5, 6)
+    mask = torch.arange(6) < torch.randint(2, 7, (4, 5, 1), generator=rng)
+    mask[2, 4] = False  # the third comparison has four responses
+    token = torch.where(
+        mask, -3 * torch.rand(shape, generator=rng, dtype=torch.float64) - 0.05, 0.0
+    )
+    noise = torch.randn(shape, generator=rng, dtype=torch.float64)
+    exists = mask.any(-1)
+    rank = torch.stack([torch.randperm(5, generator=rng) for _ in range(4)])
+    rank[2] = torch.tensor([1, 3, 0, 2, 4])
+    rank = torch.where(rank < best, 1, 2).masked_fill(~exists, 0)
+    nothing = torch.tensor(math.nan, dtype=torch.float64)
+    scores = torch.randn(4, 5, generator=rng, dtype=torch.float64)
+    ensemble = torch.randn(4, 5, 3, generator=rng, dtype=torch.float64)
+    label = torch.tensor([[1, 0, -1, 1, 0], [0, 1, 1, -1, 0], [-1, 0, 1, 1, -1], [1, 0, 0, -1, -1]])
+    collision = torch.where(mask, -torch.rand(shape, generator=rng, dtype=torch.float64), 0.0)
+    return World(
+        policy=Logps(token, mask, collision),
+        reference=Logps(torch.where(mask, token + 0.3 * noise, 0.0), mask),
+        judged=Judgement(
+            rank=rank,
+            scores=torch.where(exists, scores, nothing),
+            label=label,
+            weight=torch.ones(4),
+            ensemble=torch.where(exists.unsqueeze(-1), ensemble, nothing),
+        ),
+    )
+
+
+def world_for(objective: o.Objective) -> World:
+    """BestOfN refuses two best responses; MIPO(unbiased=True) refuses one."""
+    return random_world(best=1 if isinstance(objective, o.BestOfN) else 2)
+
+
+def rearranged(world: World, pick) -> World:
+    """The world with `pick` applied to every tensor that has the axes (B, N, ...)."""
+
+    def side(logps: Logps) -> Logps:
+        collision = None if logps.collision is None else pick(logps.collision)
+        return Logps(pick(logps.token), pick(logps.mask), collision)
+
+    judged = world.judged
+    assert judged.ensemble is not None
+    return World(
+        side(world.policy),
+        side(world.reference),
+        replace(
+            judged,
+            rank=(rank := pick(judged.rank)),
+            weight=torch.ones(len(rank)),
+            scores=pick(judged.scores),
+            label=pick(judged.label),
+            ensemble=pick(judged.ensemble),
+        ),
+    )
+
+
+def pad(tensor: torch.Tensor, width: list[int], value: float = 0) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, width, value=value)

@@ -21,7 +21,7 @@ def fake_run(folder: Path, steps: int = 20, text: str = "Tell me of the sea.") -
     document(folder, "config", {"command": "train", "settings": settings, "provenance": versions})
     lines(folder, "metrics", metrics(steps))
     document(folder, "evaluation", evaluation(text))
-    document(folder, "selection", {"rule": "top half", "threshold": 0.1, "kept": 4, "total": 8})
+    document(folder, "selection", {"rule": "PVar(scale=1.0)", "keep": "top", "cut": 0.1})
     lines(folder, "selected", selected(text))
     sample = {"prompt": text, "before": text, "after": text, "reward_before": 0.1}
     chat = {"prompt": [{"role": "user", "content": text}], "before": "", "after": "Warm!"}

@@ -106,11 +106,22 @@ def test_the_share_bar_is_where_the_numbers_are(text):
 
 
 def test_selection_counts_and_shows_both_ends(page):
-    assert "4 of 8 prompts were kept (top half)." in page.text
+    assert "4 of 8 prompts were kept (PVar(scale=1.0))." in page.text
     assert "above the cut" in page.text
-    highest, lowest = page.text.index("Highest preference"), page.text.index("Lowest preference")
+    highest, lowest = page.text.index("Highest PVar"), page.text.index("Lowest PVar")
     assert "sea. 7" in page.text[highest:lowest]
     assert "sea. 0" in page.text[lowest : lowest + 200]
+
+
+def test_selection_by_another_rule_reads_its_own_column(tmp_path):
+    run = only(tmp_path, selection={"rule": "RewardGap()", "keep": "bottom", "cut": 0.3})
+    rows = [{"prompt": f"p{gap}", "rewardgap": gap / 10, "kept": gap <= 3} for gap in range(9)]
+    lines(run, "selected", rows)
+    page = Page(report([run]))
+    assert "4 of 9 prompts were kept (RewardGap())." in page.text
+    assert "at or below the cut above" in page.text
+    assert "Highest RewardGap prompt rewards RewardGap p8 0.8" in page.text
+    assert "Lowest RewardGap prompt rewards RewardGap p0 0" in page.text
 
 
 def test_gaps_are_counted_in_words(page):

@@ -124,6 +124,25 @@ def test_the_bins_of_a_histogram_part_at_the_cut_and_lose_nothing():
             assert kept == (values >= cut).sum()
 
 
+def test_the_bars_that_are_kept_have_their_own_colour_at_the_cut_too():
+    def kept(below: bool) -> int:
+        figure = Histogram(title="h", values=(1.0, 2.0, 3.0, 4.0, 5.0), cut=3.0, below=below)
+        heights = [
+            abs(float(points[0][1]) - float(points[2][1]))
+            for part in svg(figure).iter(f"{SVG}path")
+            if "fill: var(--series-0)" in part.get("style", "")
+            for points in [corners(part)]
+        ]
+        return round(sum(heights) / max(heights))  # each bar holds one value
+
+    assert kept(below=False) == 3  # 3, 4, 5
+    assert kept(below=True) == 3  # 1, 2, 3
+
+
+def corners(bar: ElementTree.Element) -> list[list[str]]:
+    return [corner.split() for corner in re.findall(r"[\d.]+ [\d.]+", bar.get("d"))]
+
+
 def test_equal_values_make_a_histogram_too():
     assert "200 values from 3 to 3, median 3" in describe(Histogram(title="h", values=(3.0,) * 200))
     svg(Histogram(title="h", values=(3.0,) * 200, cut=3.0))

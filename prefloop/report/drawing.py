@@ -101,9 +101,10 @@ def legend(figure: Lines | Scatter | Heatmap | Histogram) -> tuple[Key, ...]:
             for index, point in enumerate(figure.points)
         )
     if isinstance(figure, Histogram) and figure.cut is not None:
+        kept, rest = ("at or below", "above") if figure.below else ("at or above", "below")
         return (
-            Key(name="at or above the cut", colour=0, mark="block"),
-            Key(name="below", colour=6, mark="block"),
+            Key(name=f"{kept} the cut", colour=0, mark="block"),
+            Key(name=rest, colour=6, mark="block"),
         )
     return ()
 
@@ -213,15 +214,18 @@ def _(figure: Histogram, axes: Axes) -> None:
     axes.set(xlabel=_label(figure.x_label, 44), ylabel="count")
     if not len(values):
         return
-    edges = _edges(values, figure.cut)
+    # Bins are closed on the left: the next number up puts a value at the cut below it.
+    cut = figure.cut if figure.cut is None or not figure.below else np.nextafter(figure.cut, np.inf)
+    edges = _edges(values, cut)
     counts, _ = np.histogram(values, edges)
-    kept = edges[:-1] >= (-np.inf if figure.cut is None else figure.cut - 1e-12)
+    above = np.diff(edges) / 2 + edges[:-1] > (-np.inf if cut is None else cut)
+    kept = ~above if figure.below else above
     axes.bar(
         edges[:-1],
         counts,
         np.diff(edges),
         align="edge",
-        color=[SERIES[0] if above else SERIES[6] for above in kept],
+        color=[SERIES[0] if keeps else SERIES[6] for keeps in kept],
         edgecolor=SURFACE,
         linewidth=0.8,
     )

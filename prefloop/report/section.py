@@ -122,12 +122,16 @@ class Heatmap:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """How often values occur; `cut` parts what is kept (at or above) from what is not."""
+    """How often values occur; `cut` parts what is kept from what is not.
+
+    Kept is what lies at or above the cut, or where `below` is set at or below it.
+    """
 
     title: str
     x_label: str = ""
     values: tuple[Number, ...]
     cut: Number | None = None
+    below: bool = False
     note: str = ""
 
 

@@ -13,7 +13,6 @@ from prefloop.report.section import Histogram, Section, Table
 from prefloop.report.words import number, shorten
 
 ENDS = 3
-SCORE = "pvar"
 Entry: TypeAlias = tuple[float, int, Mapping[str, Any]]
 
 
@@ -24,41 +23,61 @@ def selection(runs: Sequence[Run]) -> list[Section]:
     ]
 
 
-def _of_run(run: Run) -> Section:
-    scores, reasons, kept, total = array("d"), Counter(), 0, 0
-    highest: list[Entry] = []
-    lowest: list[Entry] = []
-    for total, row in enumerate(run.rows("selected.jsonl"), start=1):
+class _Tally:
+    """What one pass over the rows leaves: a number a row, counts, and the rows at both ends."""
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        self.total = 0
+        self.kept = 0
+        self.scores = array("d")
+        self.reasons: Counter[tuple[str, str]] = Counter()
+        self.highest: list[Entry] = []
+        self.lowest: list[Entry] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
         keeps = bool(row.get("kept", True))
-        kept += keeps
-        reasons[("kept" if keeps else "left out", str(row.get("reason") or ""))] += 1
-        score = row.get(SCORE)
+        self.total += 1
+        self.kept += keeps
+        self.reasons["kept" if keeps else "left out", str(row.get("reason") or "")] += 1
+        score = row.get(self.column)
         if isinstance(score, int | float) and math.isfinite(score):
-            scores.append(score)
-            _keep(highest, (score, -total, row))
-            _keep(lowest, (-score, -total, row))
-    cut = _cut(run.selection)
-    rule = run.selection.get("rule")
-    why = tuple((what, reason, count) for (what, reason), count in reasons.most_common())
+            self.scores.append(score)
+            _hold(self.highest, (score, -self.total, row))
+            _hold(self.lowest, (-score, -self.total, row))
+
+
+def _of_run(run: Run) -> Section:
+    rule = str(run.selection.get("rule") or "PVar()")
+    name = rule.split("(")[0]
+    tally = _Tally(column=name.lower())
+    for row in run.rows("selected.jsonl"):
+        tally.add(row)
+    why = tuple((what, reason, count) for (what, reason), count in tally.reasons.most_common())
     tables = [Table(title="Why", columns=("decision", "reason", "prompts"), rows=why)]
-    if scores:
-        tables += [_examples("Highest", highest), _examples("Lowest", lowest)]
+    if tally.scores:
+        tables += [
+            _examples(f"Highest {name}", tally.highest, name),
+            _examples(f"Lowest {name}", tally.lowest, name),
+        ]
+    unscored = tally.total - len(tally.scores)
     histogram = Histogram(
-        title="Preference variance of the prompts",
-        x_label="PVar",
-        values=tuple(scores),
-        cut=cut,
-        note=_unscored(total - len(scores)),
+        title=f"{name} of the prompts",
+        x_label=name,
+        values=tuple(tally.scores),
+        cut=_cut(run.selection),
+        below=run.selection.get("keep") == "bottom",
+        note=f"{unscored} prompts have no finite score and are not drawn." if unscored else "",
     )
     return Section(
         title="Selection",
-        lead=f"{kept} of {total} prompts were kept" + (f" ({rule})." if rule else "."),
+        lead=f"{tally.kept} of {tally.total} prompts were kept ({rule}).",
         tables=tuple(tables),
-        figures=(histogram,) if scores else (),
+        figures=(histogram,) if tally.scores else (),
     )
 
 
-def _keep(heap: list[Entry], entry: Entry) -> None:
+def _hold(heap: list[Entry], entry: Entry) -> None:
     """Hold the `ENDS` largest entries; their second place is unique, so rows are not compared."""
     if len(heap) < ENDS:
         heapq.heappush(heap, entry)
@@ -66,14 +85,12 @@ def _keep(heap: list[Entry], entry: Entry) -> None:
         heapq.heappushpop(heap, entry)
 
 
-def _examples(name: str, heap: list[Entry]) -> Table:
+def _examples(title: str, heap: list[Entry], name: str) -> Table:
     rows = tuple(
-        (shorten(prompt_text(row.get("prompt")), 160), _rewards(row), float(row[SCORE]))
+        (shorten(prompt_text(row.get("prompt")), 160), _rewards(row), float(row[name.lower()]))
         for _, _, row in sorted(heap, reverse=True)
     )
-    return Table(
-        title=f"{name} preference variance", columns=("prompt", "rewards", "PVar"), rows=rows
-    )
+    return Table(title=title, columns=("prompt", "rewards", name), rows=rows)
 
 
 def _rewards(row: Mapping[str, Any]) -> str:
@@ -84,12 +101,8 @@ def _rewards(row: Mapping[str, Any]) -> str:
 
 
 def _cut(selection: Mapping[str, Any]) -> float | None:
-    for key in ("threshold", "cut"):
+    for key in ("cut", "threshold"):
         value = selection.get(key)
         if isinstance(value, int | float) and math.isfinite(value):
             return float(value)
     return None
-
-
-def _unscored(count: int) -> str:
-    return f"{count} prompts have no finite score and are not drawn." if count else ""

@@ -17,6 +17,12 @@ CURVES = (
         "nats per answer",
         (("logps/chosen", "chosen"), ("logps/rejected", "rejected")),
     ),
+    (
+        "Change since the reference",
+        "nats per answer",
+        (("displacement/chosen", "chosen"), ("displacement/rejected", "rejected")),
+    ),
+    ("Chosen answers that became less likely", "share", (("displacement/chosen_fell", ""),)),
     ("Pairs ordered as labelled", "share", (("rewards/accuracies", ""),)),
     ("Gradient norm", "before clipping", (("grad_norm", ""),)),
     ("Learning rate", "", (("learning_rate", ""),)),

@@ -81,23 +81,10 @@ class Bilevel:
         """
         total = {name: torch.zeros_like(value) for name, value in params.items()}
         along = [value.detach() for value in vector.values()]
-        # A once-differentiable function inside refuses a second derivative only where the gradient
-        # that reaches it is itself part of the graph; otherwise its answer is silently wrong.
-        one = torch.ones((), requires_grad=True)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            for piece in self.pieces:
-                leaves = _leaves(params)
-                inputs = list(leaves.values())
-                lower = (piece(leaves).lower * one).sum()
-                first = torch.autograd.grad(lower, inputs, create_graph=True)
-                try:
-                    _accumulate(total, torch.autograd.grad(first, inputs, along))
-                except RuntimeError as error:
-                    raise UserError(
-                        f"this model cannot be differentiated twice ({error}). Build its scorer "
-                        "with head=prefloop.logps.head.exact, or use OneStep with product="
-                        "DifferenceProduct(), or OneStepFirstOrder."
-                    ) from error
+        for piece in self.pieces:
+            leaves = _leaves(params)
+            _differentiate_twice(piece, leaves, along)
+            _accumulate(total, [_gradient_of(leaf) for leaf in leaves.values()])
         return {name: self.reduce(value) for name, value in total.items()}
 
     def _sum(self, parts: list[Losses]) -> Losses:
@@ -146,6 +133,33 @@ def _spread(factor: float | Tensor, value: Tensor) -> float | Tensor:
 
 def _leaves(params: Params) -> Params:
     return {name: value.detach().requires_grad_() for name, value in params.items()}
+
+
+def _differentiate_twice(piece: LossOf, leaves: Params, along: Sequence[Tensor]) -> None:
+    """Put d/d(leaf) <grad lower, along> into the gradients of the leaves, or raise.
+
+    Two ways of saving memory would give a wrong answer in silence. Activation checkpointing hands
+    detached tensors to the second derivative: its hooks are disabled. A once-differentiable
+    function refuses by a node of its own, which `autograd.grad` passes by, since it visits only
+    what leads to its inputs: `autograd.backward` visits all.
+    """
+    hooks = torch.autograd.graph.disable_saved_tensors_hooks("it recomputes activations")
+    try:
+        # Fused attention has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH), hooks:
+            lower = piece(leaves).lower.sum()
+            first = torch.autograd.grad(lower, list(leaves.values()), create_graph=True)
+            torch.autograd.backward(first, along)
+    except RuntimeError as error:
+        raise UserError(
+            f"this model cannot be differentiated twice ({error}). Build its scorer with "
+            "head=prefloop.logps.head.exact and without activation checkpointing, or use OneStep "
+            "with product=DifferenceProduct(), or OneStepFirstOrder."
+        ) from error
+
+
+def _gradient_of(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _accumulate(total: Params, parts: Sequence[Tensor]) -> None:

@@ -1,12 +1,14 @@
 """The reference on disk: the numbers of the model, found by content, whatever happened before."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 
 from prefloop.logps import CachedLogps, Scorer, cached_reference, model_identity
 from prefloop.logps import cache as module
-from prefloop.types import score
+from prefloop.types import UserError, score
 
 
 def live(rows):
@@ -20,10 +22,11 @@ class Counting(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scorer = Scorer(tiny.llama())
-        self.rows = 0
+        self.rows = self.responses = 0
 
     def forward(self, batch):
         self.rows += len(batch)
+        self.responses += sum(len(row.responses) for row in batch)
         return self.scorer(batch)
 
 
@@ -50,26 +53,73 @@ def test_nothing_is_scored_twice(tmp_path):
     assert (first.rows, second.rows, third.rows) == (6, 0, 2)
 
 
-def test_a_kill_between_shards_loses_only_what_was_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SHARD", 4)
+def test_only_the_responses_that_are_new_are_scored(tmp_path):
+    first, wider = tiny.row(5, [3, 4], seed=1), tiny.row(5, [3, 4, 6], seed=1)
+    assert first.responses == wider.responses[:2]
+    cached([first], tmp_path)
+    counting = Counting()
+    reference = cached([wider], tmp_path, counting)
+    assert counting.responses == 1
+    torch.testing.assert_close(reference([wider]).token, live([wider]).token, rtol=0, atol=2e-5)
+
+
+def test_a_kill_loses_only_what_was_not_written_and_torn_files_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_A_SHARD", 0.0)
     rows = tiny.batch(8, responses=(2,))
-    cache = CachedLogps(tmp_path / "tiny")
-    next(iter(cache.add(Counting(), rows, 64)))  # the first shard, then the process is gone
-    (tmp_path / "tiny" / ".shard-torn.part").write_bytes(b"half")
-    (tmp_path / "tiny" / "shard-torn.npy").write_bytes(b"without an index")
+    scoring = CachedLogps(tmp_path / "tiny").add(Counting(), rows, 64)
+    next(scoring)  # the first shard is on disk; then the process is gone
+    (tmp_path / "tiny" / "torn.part").write_bytes(b"half")
     again = Counting()
     reference = cached(rows, tmp_path, again)
     assert 0 < again.rows < 8
     torch.testing.assert_close(reference(rows).token, live(rows).token, rtol=0, atol=2e-5)
 
 
-def test_other_weights_have_another_identity_and_an_adapter_changes_nothing():
-    model, other = tiny.llama(), tiny.llama(seed=1)
-    before = model_identity(model)
-    assert before == model_identity(tiny.llama())
-    assert before != model_identity(other)
-    adapted = tiny.lora(model)
-    assert model_identity(adapted.get_base_model()) == before
+def test_what_was_scored_before_an_interruption_is_written(tmp_path):
+    rows = tiny.batch(8, responses=(2,))
+    scoring = CachedLogps(tmp_path / "tiny").add(Counting(), rows, 64)
+    next(scoring)
+    with pytest.raises(KeyboardInterrupt):
+        scoring.throw(KeyboardInterrupt())
+    assert len(CachedLogps(tmp_path / "tiny")) > 0
+
+
+def test_a_shard_that_cannot_be_read_is_named_with_what_to_do(tmp_path):
+    cached(tiny.batch(2), tmp_path)
+    (shard,) = (tmp_path / "tiny").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:40])
+    with pytest.raises(UserError, match=rf"{shard.name}: not a readable shard.*delete this file"):
+        cached(tiny.batch(2), tmp_path)
+
+
+def test_progress_counts_up_to_the_rows_that_were_missing(tmp_path):
+    seen = []
+    cached_reference(
+        Counting(), tiny.batch(5), tmp_path, "tiny", 40, lambda done, all: seen.append((done, all))
+    )
+    assert seen[-1] == (5, 5)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["embed_tokens", "lm_head"]])
+def test_an_adapter_counts_while_it_is_on(targets):
+    plain = model_identity(tiny.llama())
+    adapted = tiny.lora(tiny.llama(), targets=targets)
+    assert model_identity(adapted) != plain
+    assert model_identity(adapted) != model_identity(
+        tiny.lora(tiny.llama(), seed=1, targets=targets)
+    )
+    with adapted.disable_adapter():
+        assert model_identity(adapted) == plain
+        assert model_identity(adapted.get_base_model()) == plain
+
+
+def test_other_weights_and_another_configuration_have_another_identity():
+    plain = model_identity(tiny.llama())
+    assert plain == model_identity(tiny.llama())
+    assert plain != model_identity(tiny.llama(seed=1))
+    assert plain != model_identity(tiny.llama(rms_norm_eps=1e-3))  # the same weights
+    assert plain != model_identity(tiny.llama().to(torch.bfloat16))
 
 
 def test_a_row_that_was_never_scored_is_no_silent_zero(tmp_path):

@@ -1,7 +1,6 @@
 """The engine: log-probabilities of responses, with the prompt encoded once."""
 
 from prefloop.logps.cache import CachedLogps, cached_reference, model_identity
-from prefloop.logps.cache import ReferenceCache, cached_reference, model_identity
 from prefloop.logps.head import chunked, exact
 from prefloop.logps.layout import buckets
 from prefloop.logps.scorer import Scorer, hidden_sums, verify
@@ -13,15 +12,12 @@ __all__ = [
     "Masked",
     "OneARow",
     "PrefixShared",
-    "ReferenceCache",
     "Scorer",
     "buckets",
-    "cached_reference",
     "cached_reference",
     "chunked",
     "exact",
     "hidden_sums",
-    "model_identity",
     "model_identity",
     "verify",
 ]

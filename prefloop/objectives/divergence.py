@@ -6,7 +6,7 @@ finite in float32 where a response has all but vanished; there is no gradient be
 
 import math
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,13 @@ class AlphaDivergence:
         return torch.expm1((power * ratio).clamp(max=LARGEST_EXPONENT)) / power
 
 
-Divergence: TypeAlias = ReverseKL | ForwardKL | JensenShannon | AlphaDivergence
+@runtime_checkable
+class Divergence(Protocol):
+    """f' of an f-divergence, as a function of log pi/pi_ref."""
+
+    def __call__(self, ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
+
+
 DIVERGENCES = (ReverseKL, ForwardKL, JensenShannon, AlphaDivergence)
 BY_RATIO = (DPO, Hinge, IPO, RobustDPO, EXOPair, DiscoPOP, LengthNormalizedDPO)
 
@@ -92,10 +98,8 @@ class FDivergence(Wrapped):
         Wang et al. 2023 (f-DPO), arXiv 2309.16240; TRL's `f_divergence_type`.
     """
 
-    objective: DPO | Hinge | IPO | RobustDPO | EXOPair | DiscoPOP | LengthNormalizedDPO = field(
-        default_factory=DPO
-    )
-    divergence: Divergence = JensenShannon()
+    objective: PairObjective = field(default_factory=DPO)
+    divergence: Divergence = field(default_factory=JensenShannon)
 
     def __post_init__(self) -> None:
         inside, divergence = type(self.objective), type(self.divergence)

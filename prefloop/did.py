@@ -132,7 +132,8 @@ def sample_did(
 
     At each prefix the next token comes from q_t = softmax(log pi - log pi_ref), and the weight
     collects the normalizers, log w = sum_t logsumexp(log pi - log pi_ref). The mean of w is
-    unbiased for Z; with `weighted_did_entropy` this is nearly unbiased for H(q) (derived). It needs
+    unbiased for Z; with `weighted_did_entropy` this is nearly unbiased for H(q) while most samples
+    are effective, and about 0.1 nat too high where 10 of 32 are (derived, measured). It needs
     next-token tables and a fixed length: for small vocabularies, where q_t is not spread over
     tokens nobody would write.
 

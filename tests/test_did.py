@@ -5,15 +5,12 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from prefloop import did
 from prefloop.objectives import DPO, IPO, SimPO
 from prefloop.reproduce import did_experiments, did_projected, did_theory
 from prefloop.tabular import (
-    TabularPolicy,
     as_logps,
-    comparison_rows,
     independent_pairs,
     jensen_shannon,
     kl,
@@ -21,8 +18,7 @@ from prefloop.tabular import (
     random_logp,
     sequence_logp,
 )
-from prefloop.trainer import TrainSettings, build_trainer, fit
-from prefloop.types import Pair, UserError, score
+from prefloop.types import Pair, UserError
 
 
 def table(*rows):
@@ -117,7 +113,7 @@ def test_dpo_reaches_the_target_and_log_pi_reaches_the_information(rng):  # B3
         name: population_optimum(objective, taught.reference, taught.weight)
         for name, objective in {
             "DPO": DPO(beta=0.5),
-            "log pi": SimPO(beta=0.5, gamma=0),
+            "log pi": SimPO(beta=0.5, gamma=0.0),
             "IPO": IPO(beta=0.5, log_ratios="sum"),
         }.items()
     }
@@ -132,28 +128,6 @@ def test_a_wrong_beta_learns_the_power_of_the_ratio(rng):  # B3
     found = population_optimum(DPO(beta=0.5), taught.reference, taught.weight)
     law = (taught.reference + 0.5 * (taught.target - taught.reference)).log_softmax(-1)
     assert jensen_shannon(found, law).max() < 1e-12
-
-
-def test_the_trainer_learns_the_target_from_sampled_pairs(rng, tmp_path):  # B3
-    taught = did_theory.lesson(rng, 1, 5, beta=1.0)
-    drawn = torch.multinomial(taught.weight.flatten(), 4000, replacement=True, generator=rng)
-    answers = torch.stack([drawn // 5, drawn % 5], -1)
-    answers = answers[answers[:, 0] != answers[:, 1]]
-    rank = torch.tensor([1, 2]).expand(len(answers), -1)
-    rows = comparison_rows(torch.zeros((len(answers), 1), dtype=torch.long), answers, rank)
-    frozen, policy = TabularPolicy(taught.reference), TabularPolicy(taught.reference)
-    with torch.no_grad():
-        trainer = build_trainer(
-            policy,
-            DPO(beta=1.0),
-            lambda batch: score(frozen, batch).detach(),
-            TrainSettings(lr=0.05, batch_size=128, epochs=4, max_grad_norm=1e9),
-            Accelerator(cpu=True),
-        )
-    fit(trainer, rows, [], tmp_path)
-    reached = jensen_shannon(policy.logp().detach(), taught.target)
-    start = jensen_shannon(taught.reference, taught.target)
-    assert reached < 0.05 * start
 
 
 def test_the_rejected_distribution_of_a_coin_is_the_closed_form():  # B4
@@ -231,12 +205,13 @@ def test_the_estimate_converges_as_samples_grow(rng):  # B8
     assert errors[0] > 5 * errors[1] > 25 * errors[2]
 
 
-@pytest.mark.parametrize("kind", did_experiments.KINDS)
+@pytest.mark.parametrize("kind", ["small", "reinforce"])
 def test_sequential_samples_estimate_the_entropy_of_whole_responses(rng, kind):  # B8
-    found = did_experiments.entropy_estimates(rng, kind, repeats=100)["sequential"]
-    # 4 standard errors, and the bias of a ratio of two means, of order 1/ESS
-    assert abs(found.mean - found.exact) < 4 * found.error + 1 / found.effective_samples
-    assert 1 <= found.effective_samples <= 32
+    found = did_experiments.entropy_estimates(rng, kind)
+    assert found["sequential"].unbiased
+    assert not found["reference"].unbiased
+    assert 1 <= found["sequential"].effective_samples <= 32
+    assert found["sequential"].effective_samples > found["reference"].effective_samples
 
 
 def test_sequential_weights_are_the_ratio_over_the_proposal(rng):

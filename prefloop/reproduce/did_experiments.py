@@ -42,7 +42,7 @@ def sampled_objectives(beta: float) -> dict[str, Pairwise]:
         "Hinge": Hinge(beta=beta),
         "IPO": IPO(beta=beta, log_ratios="sum"),
         "log-odds": LogOdds(beta=beta),
-        "log pi": SimPO(beta=beta, gamma=0),
+        "log pi": SimPO(beta=beta, gamma=0.0),
         "SimPO, gamma 0.5": SimPO(beta=beta, gamma=0.5),
         "SimPO, gamma 1.5": SimPO(beta=beta, gamma=1.5),
         "SFT": SFT(log_likelihood="sum"),
@@ -100,9 +100,14 @@ class Estimated(NamedTuple):
     repeats: int
 
     @property
-    def error(self) -> float:
-        """Standard error of the mean."""
-        return self.deviation / math.sqrt(self.repeats)
+    def bias(self) -> float:
+        """Mean estimate minus the exact value."""
+        return self.mean - self.exact
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the bias is within 4 standard errors of zero."""
+        return abs(self.bias) <= 4 * self.deviation / math.sqrt(self.repeats)
 
 
 KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -159,6 +164,20 @@ def entropy_estimates(
         )
         for name, estimate in results.items()
     }
+
+
+def estimates_over_models(
+    rng: torch.Generator, models: int = 10
+) -> dict[tuple[str, str], list[Estimated]]:
+    """(update, proposal) -> the estimates on each of several references, the same for all."""
+    seeds = torch.randint(2**31, (models,), generator=rng).tolist()
+    found: dict[tuple[str, str], list[Estimated]] = {}
+    for kind in KINDS:
+        for seed in seeds:
+            estimates = entropy_estimates(torch.Generator().manual_seed(seed), kind)
+            for proposal, value in estimates.items():
+                found.setdefault((kind, proposal), []).append(value)
+    return found
 
 
 REFERENCES: dict[str, Callable[[torch.Generator, tuple[int, int]], Tensor]] = {

@@ -223,11 +223,11 @@ def uniqueness(rng: torch.Generator, problems: int = 20) -> dict[str, Learned]:
     beta = taught.beta
     results = {
         "DPO": learned(DPO(beta=beta), taught),
-        "log pi (SimPO at one token, no margin)": learned(SimPO(beta=beta, gamma=0), taught),
+        "log pi (SimPO at one token, no margin)": learned(SimPO(beta=beta, gamma=0.0), taught),
         "log-odds (ORPO without SFT)": learned(LogOdds(beta=beta), taught),
         "IPO": learned(IPO(beta=beta, log_ratios="sum"), taught),
         "probability gap": learned(ProbabilityGap(scale=5.0), taught),
-        "SimPO, random lengths": learned(SimPO(beta=2.0, gamma=0), taught, length),
+        "SimPO, random lengths": learned(SimPO(beta=2.0, gamma=0.0), taught, length),
     }
     hinge = measured(Hinge(beta=beta), taught, _hinge_optimum(beta, taught))
     return results | {"Hinge": hinge}

@@ -60,10 +60,10 @@ class GPM:
 
 
 def skew_score(
-    first: Float[Tensor, "*shape D"],
-    second: Float[Tensor, "*shape D"],
-    scale: Float[Tensor, "*shape K"] | None = None,
-) -> Float[Tensor, "*shape"]:
+    first: Float[Tensor, "*#shape D"],
+    second: Float[Tensor, "*#shape D"],
+    scale: Float[Tensor, "*#shape K"] | None = None,
+) -> Float[Tensor, "..."]:
     """Score of one embedding over another: a sum of K oriented areas.
 
         S(a over b) = sum over k of scale_k ( a_(2k) b_(2k+1) - a_(2k+1) b_(2k) )
@@ -72,6 +72,7 @@ def skew_score(
     block changes nothing. Embeddings of constant second coordinate give a scalar reward.
 
     Args:
+        first, second: embeddings (..., 2 K) that broadcast against each other.
         scale: weight of each block, 1 when None; a prompt may set its own (K softmax weights).
     """
     if first.shape[-1] % 2:

@@ -31,7 +31,8 @@ Provenance = Literal[
 """
 
 
-Quantity: TypeAlias = float | int | str
+Number: TypeAlias = float | int
+Quantity: TypeAlias = Number | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +118,9 @@ def joined(name: str, parts: Sequence[Reproduction]) -> Reproduction:
 
 def near(
     name: str,
-    measured: float,
-    expected: float,
-    within: float,
+    measured: Number,
+    expected: Number,
+    within: Number,
     source: str,
     provenance: Provenance,
 ) -> Claim:
@@ -134,7 +135,9 @@ def near(
     )
 
 
-def at_most(name: str, measured: float, bound: float, source: str, provenance: Provenance) -> Claim:
+def at_most(
+    name: str, measured: Number, bound: Number, source: str, provenance: Provenance
+) -> Claim:
     """Claim that measured <= bound."""
     return Claim(
         name=name,
@@ -147,7 +150,7 @@ def at_most(name: str, measured: float, bound: float, source: str, provenance: P
 
 
 def at_least(
-    name: str, measured: float, bound: float, source: str, provenance: Provenance
+    name: str, measured: Number, bound: Number, source: str, provenance: Provenance
 ) -> Claim:
     """Claim that measured >= bound."""
     return Claim(

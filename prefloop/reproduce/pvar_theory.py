@@ -98,14 +98,14 @@ def random_problems(seed: int, groups: int = 80, each: int = 50) -> list[Problem
     for group in range(groups):
         responses = 2 + group % 10
         features = torch.randn((each, responses, 7), generator=rng, dtype=torch.float64)
-        used = torch.arange(7) < uniform(1, 8, each, 1, 1).floor()
-        features = features * used * 10 ** uniform(-1, 1, each, 1, 1)
+        used = torch.arange(7) < uniform(1.0, 8.0, each, 1, 1).floor()
+        features = features * used * 10 ** uniform(-1.0, 1.0, each, 1, 1)
         reference = random_logp((each, responses), rng, 1.0)
-        reference = (uniform(0, 3, each, 1) * reference).log_softmax(-1)
+        reference = (uniform(0.0, 3.0, each, 1) * reference).log_softmax(-1)
         weight = torch.randn((each, 7), generator=rng, dtype=torch.float64)
-        weight = weight * 10 ** uniform(-2, 1, each, 1)
+        weight = weight * 10 ** uniform(-2.0, 1.0, each, 1)
         policy = LogLinearPolicy(features, reference, weight)
-        beta = float(10 ** uniform(-2, 1))
+        beta = float(10 ** uniform(-2.0, 1.0))
         problems.append(Problems(policy, reference, features, beta, rng))
     return problems
 
@@ -256,7 +256,7 @@ def _network_ratios(
         drawn = torch.rand((each, 1, 1), generator=rng, dtype=torch.float64)
         return 10 ** (low + (high - low) * drawn)
 
-    embedding, scale, beta = normal(nodes, 3), power(-1, 0.7), float(power(-2, 1)[0])
+    embedding, scale, beta = normal(nodes, 3), power(-1.0, 0.7), float(power(-2.0, 1.0)[0])
     network = Network(
         embedding,
         (normal(3, 3) * scale).requires_grad_(),

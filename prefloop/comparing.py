@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prefloop.collecting import Draw
-from prefloop.data import Overlong, encoder, tokenize
+from prefloop.data import Empty, Overlong, encoder, tokenize
 from prefloop.evaluation import (
     kl,
     length_controlled_win_rate,
@@ -74,7 +74,9 @@ def ranking(policy: Policy, comparisons: Sequence[Comparison]) -> dict[str, Any]
 
     What evaluation.json holds; a pair of a comparison counts once, intervals are over prompts.
     """
-    rows, _ = tokenize(comparisons, policy.tokenizer, policy.context, Overlong.drop)
+    rows, left_out = tokenize(
+        comparisons, policy.tokenizer, policy.context, Overlong.drop, empty=Empty.drop
+    )
     if not rows:
         raise UserError("no comparison fits the model's context")
     with torch.no_grad(), evaluating(policy.model):
@@ -102,7 +104,7 @@ def ranking(policy: Policy, comparisons: Sequence[Comparison]) -> dict[str, Any]
     change = (trained.sum - base.sum)[row, chosen]
     fell = mean((change < 0).double(), clusters).row("chosen became less likely", "share")
     moved = mean(change.double(), clusters).row("change of chosen log-probability", "nats")
-    return {"result": [*result, fell, moved]}
+    return {"result": [*result, fell, moved], "rows": str(left_out)}
 
 
 def _answers(

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from prefloop.data import Overlong, best_vs_worst, tokenize, with_ranks
+from prefloop.data import Empty, Overlong, best_vs_worst, tokenize, with_ranks
 from prefloop.logps import cached_reference, model_identity
 from prefloop.objectives import Objective
 from prefloop.policies import Policy
@@ -44,6 +44,7 @@ class Prepared:
         unweighted: rows of weight 0 (not selected).
         unordered: rows that order no two responses (ties), for objectives without a model of ties.
         overlong: rows past the length limit.
+        empty: rows with a response of no token.
         truncated: rows with a response that was cut.
     """
 
@@ -51,6 +52,7 @@ class Prepared:
     unweighted: int
     unordered: int
     overlong: int
+    empty: int
     truncated: int
 
     def __str__(self) -> str:
@@ -58,6 +60,7 @@ class Prepared:
             "not selected": self.unweighted,
             "tied": self.unordered,
             "over-long": self.overlong,
+            "with an empty response": self.empty,
         }
         left_out = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         cut = f"; {self.truncated} cut" if self.truncated else ""
@@ -66,41 +69,54 @@ class Prepared:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Handling:
+    """What to do with rows that cannot be trained on as they are.
+
+    Attributes:
+        pairs: which responses of a row that has scores only are ordered, a key of `PAIRS`.
+        max_length: most tokens of a prompt and its response; None is the model's context.
+        overlong: refuse, drop or truncate longer rows.
+        empty: refuse or drop rows with a response of no token.
+    """
+
+    pairs: Pairs = "best-worst"
+    max_length: int | None = None
+    overlong: Overlong = Overlong.refuse
+    empty: Empty = Empty.refuse
+
+
 def prepare(
     comparisons: Sequence[Comparison],
     policy: Policy,
     objective: Objective,
-    pairs: Pairs,
-    max_length: int | None = None,
-    overlong: Overlong = Overlong.refuse,
+    handling: Handling,
 ) -> Prepared:
-    """Comparisons that `objective` can read, in the tokens of `policy`.
-
-    Args:
-        comparisons: rows with ranks, scores or labels.
-        pairs: which responses of a row that has scores only are ordered, a key of `PAIRS`.
-        max_length: most tokens of a prompt and its longest response; None is the model's context.
-    """
+    """Comparisons that `objective` can read, in the tokens of `policy`."""
     weighted = [row for row in comparisons if row.weight > 0]
+    scored = PAIRS[handling.pairs]
     judged = [
         ranked
         for row in weighted
-        for ranked in (PAIRS[pairs]([row]) if row.rank is None and row.scores else [row])
+        for ranked in (scored([row]) if row.rank is None and row.scores else [row])
     ]
     ordered = [row for row in judged if _readable(row, objective)]
-    limit = max_length or policy.context
-    rows, report = tokenize(ordered, policy.tokenizer, limit, overlong)
+    limit = handling.max_length or policy.context
+    rows, report = tokenize(
+        ordered, policy.tokenizer, limit, handling.overlong, empty=handling.empty
+    )
     if not rows:
         raise UserError(
             f"no comparison is left to train on: {len(comparisons)} rows, "
             f"{len(comparisons) - len(weighted)} of weight 0, {len(weighted) - len(ordered)} "
-            f"without an order that {type(objective).__name__} reads, {len(report.dropped)} long"
+            f"without an order that {type(objective).__name__} reads; {report}"
         )
     return Prepared(
         rows=rows,
         unweighted=len(comparisons) - len(weighted),
         unordered=len(weighted) - len(ordered),
         overlong=len(report.dropped),
+        empty=len(report.empty),
         truncated=len(report.truncated),
     )
 
@@ -171,7 +187,6 @@ def reference_of(
             rows,
             path=cache_folder() / "reference",
             identity=model_identity(policy.base),
-            token_budget=settings.token_budget,
             progress=on_rows,
         )
 

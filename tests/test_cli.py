@@ -85,7 +85,18 @@ def test_the_loop_runs_from_prompts_to_a_report(model, tmp_path, capsys):
     write_jsonl(prompts, ({"id": f"p{n}", "prompt": sentence(n, 4)} for n in range(6)))
     short = ["--max-new-tokens", "6"]
     steps = [
-        ["sample", "--model", model, "--data", prompts, "--out", tmp_path / "a", "--n", "3", *short],
+        [
+            "sample",
+            "--model",
+            model,
+            "--data",
+            prompts,
+            "--out",
+            tmp_path / "a",
+            "--n",
+            "3",
+            *short,
+        ],
         ["score", "--data", tmp_path / "a/responses.jsonl", "--out", tmp_path / "b"]
         + ["--reward", "test_cli:score_words"],
         ["select", "--data", tmp_path / "b/scored.jsonl", "--out", tmp_path / "c"],
@@ -285,5 +296,3 @@ def test_a_comparison_of_weight_zero_is_not_trained_on(model, tmp_path, capsys):
     write_jsonl(tmp_path / "d.jsonl", rows)
     assert train(model, tmp_path / "d.jsonl", tmp_path / "run", "--held-out-share", "0") == 0
     assert "8 comparisons (4 not selected left out)" in capsys.readouterr().out
-
-

@@ -46,6 +46,10 @@ class Train:
     """Most tokens of a prompt and its response; 0 is the model's context."""
     overlong: Literal["refuse", "drop", "truncate"] = "refuse"
     """What happens to longer rows."""
+    empty: Literal["refuse", "drop"] = "refuse"
+    """What happens to rows with an empty response."""
+    columns: tuple[str, ...] = ()
+    """Other names of columns, new=old: prompt=instruction annotator=worker."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights; auto: bfloat16 for the frozen base of an adapter on a GPU, else float32."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -111,20 +115,22 @@ class Train:
     ) -> tuple["Prepared", list["Tokenized"]]:
         """What is trained on and what is held out, in tokens; checked before anything runs."""
         from prefloop import data
-        from prefloop.training import prepare
+        from prefloop.training import Handling, prepare
 
-        rows = data.read(self.data)
-        held_out = data.read(self.held_out) if self.held_out else []
+        columns = data.parse_columns(self.columns)
+        rows = data.read(self.data, columns)
+        held_out = data.read(self.held_out, columns) if self.held_out else []
         if not self.held_out and self.held_out_share:
             rows, held_out = data.split(rows, self.held_out_share, self.loop.seed)
-        how = (
-            policy,
-            objective,
-            self.pairs,
-            self.max_length or None,
-            data.Overlong(self.overlong),
+        handling = Handling(
+            pairs=self.pairs,
+            max_length=self.max_length or None,
+            overlong=data.Overlong(self.overlong),
+            empty=data.Empty(self.empty),
         )
-        return prepare(rows, *how), prepare(held_out, *how).rows if held_out else []
+        train = prepare(rows, policy, objective, handling)
+        test = prepare(held_out, policy, objective, handling).rows if held_out else []
+        return train, test
 
 
 def _say(out: Path, metrics: "Metrics") -> None:

@@ -33,7 +33,7 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
         "model": {name: value.detach().contiguous().clone() for name, value in weights.items()},
         "optimizer": {
             f"{name}/{key}": torch.as_tensor(value).detach().contiguous().clone()
-            for name, state in moments["state"].items()
+            for name, state in moments.get("state", {}).items()  # empty but on the first process
             for key, value in state.items()
         },
     }

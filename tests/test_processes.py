@@ -1,0 +1,81 @@
+"""Two gloo processes on the CPU: the update of one process, no row lost, no hang."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("process_worker.py")
+ALL = 6  # optimizer steps of the whole run
+
+
+def start(processes: int, out: Path, kind: str, steps: int = ALL) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(WORKER), str(out), kind, str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def run(processes: int, out: Path, kind: str, steps: int = ALL) -> tuple[dict, dict]:
+    out.mkdir(parents=True, exist_ok=True)
+    process = start(processes, out, kind, steps)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    return load_file(out / "weights.safetensors"), json.loads((out / "last.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[dict, dict]:
+    return run(1, tmp_path_factory.mktemp("alone"), "ddp")
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_take_the_steps_of_one(alone, tmp_path, kind):
+    weights, metrics = run(2, tmp_path, kind)
+    assert_same(alone[0], weights)
+    for name, value in alone[1].items():
+        if name != "comparisons_per_second":
+            assert metrics[name] == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(alone, tmp_path, kind):
+    out = tmp_path / "run"
+    run(2, out, kind, 3)
+    # the schedule of the shorter run ended; go on as the whole run would have
+    weights, _ = run(1, out, "ddp")
+    again, _ = run(2, tmp_path / "again", kind, 3)
+    assert weights.keys() == again.keys()
+    assert any(not torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.slow
+def test_one_killed_worker_ends_the_run_instead_of_hanging(tmp_path):
+    process = start(2, tmp_path, "ddp", 100000)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "Signal 9" in said or "SIGKILL" in said

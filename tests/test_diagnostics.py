@@ -14,7 +14,7 @@ from prefloop.diagnostics.displacement import (
     first_order_change,
     mass_shift,
 )
-from prefloop.diagnostics.gradients import first_order
+from prefloop.diagnostics.gradients import first_order, gradient_bound
 from prefloop.diagnostics.information import information_of_chosen, information_of_samples
 from prefloop.diagnostics.ranking import (
     margin_calibration,
@@ -219,6 +219,36 @@ def test_the_tabular_gradients_are_known():
     assert found.falls.value == 0
     both = torch.tensor([[0.8, -0.3, -0.5]]), torch.tensor([[-0.2, 0.7, -0.5]])
     assert first_order_change(*both).item() == pytest.approx(0.98 + 0.12)
+
+
+def test_the_gradient_bound_by_hand_and_attained():
+    # pi = (1/2, 1/2): s = (1/2, -1/2), (-1/2, 1/2), |s_0 - s_1|^2 = 2. Rewards log 3 and 0:
+    # sigmoid - 1/2 = 1/4, PVar 1/16. Norm beta 1/4 sqrt 2, which is the bound.
+    policy = TabularPolicy(torch.zeros(1, 2))
+    row = Tokenized(prompt=(0,), responses=((0,), (1,)), rank=(1, 2))
+    found = gradient_bound(policy, [row], torch.tensor([[math.log(3), 0.0]]), beta=0.5)
+    assert found.variance[0] == pytest.approx(1 / 16)
+    assert found.norm[0] == pytest.approx(0.5 / 4 * math.sqrt(2))
+    assert found.bound[0] == pytest.approx(found.norm[0])
+
+
+def test_the_gradient_norm_is_that_of_the_loss_and_under_its_bound():
+    rng = torch.Generator().manual_seed(5)
+    policy = TabularPolicy(torch.randn(3, 4, generator=rng))
+    rewards = torch.randn(3, 4, generator=rng)
+    rows = [
+        Tokenized(prompt=(place,), responses=((0,), (1,), (2,), (3,)), rank=(1, 2, 3, 4))
+        for place in range(3)
+    ]
+    found = gradient_bound(policy, rows, rewards, beta=0.3)
+    for place, row in enumerate(rows):
+        sums = score(policy, [row]).sum[0]
+        implicit = rewards[place] + 0.3 * (sums - sums.detach())  # rhat, with its gradient
+        gap = implicit.unsqueeze(1) - implicit.unsqueeze(0)
+        loss = -torch.nn.functional.logsigmoid(gap)[~torch.eye(4, dtype=torch.bool)].mean()
+        (grad,) = torch.autograd.grad(loss, list(policy.parameters()))
+        assert found.norm[place] == pytest.approx(float(grad.norm()), rel=1e-5)
+        assert found.norm[place] <= found.bound[place]
 
 
 # Ranking ------------------------------------------------------------------------------------------

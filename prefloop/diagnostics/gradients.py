@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from prefloop.bounds import cauchy_schwarz_bound
 from prefloop.intervals import Estimate, mean, share
+from prefloop.selection import preference_variance
 from prefloop.types import Tokenized, UserError, judgement, ordered_pairs, score
 
 
@@ -33,15 +35,28 @@ class FirstOrder:
     rejected_norm: tuple[float, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GradientBound:
+    """Size of the expected gradient of each prompt, against what preference variance allows.
+
+    Attributes:
+        norm: |grad L(x)|, of the pairwise loss over all pairs of the prompt's responses.
+        bound: beta sqrt(PVar) sqrt(mean |s_i - s_j|^2) (`bounds.cauchy_schwarz_bound`).
+        variance: PVar of the rewards, in [0, 1/4].
+    """
+
+    norm: tuple[float, ...]
+    bound: tuple[float, ...]
+    variance: tuple[float, ...]
+
+
 def first_order(scorer: nn.Module, batch: Sequence[Tokenized]) -> FirstOrder:
     """The test on every strictly ordered pair of `batch`, for the parameters that are trained.
 
     Raises:
         UserError: no parameter requires a gradient, or no comparison orders two responses.
     """
-    parameters = [part for part in scorer.parameters() if part.requires_grad]
-    if not parameters:
-        raise UserError("no parameter is trained; load the policy with its adapter on")
+    parameters = _trained(scorer)
     found: list[tuple[float, float, float]] = []
     rows: list[int] = []
     for place, row in enumerate(batch):
@@ -66,6 +81,46 @@ def first_order(scorer: nn.Module, batch: Sequence[Tokenized]) -> FirstOrder:
         chosen_norm=tuple(chosen_square.sqrt().tolist()),
         rejected_norm=tuple(rejected_square.sqrt().tolist()),
     )
+
+
+def gradient_bound(
+    scorer: nn.Module, batch: Sequence[Tokenized], rewards: Float[Tensor, "B N"], beta: float
+) -> GradientBound:
+    """Does preference variance bound the gradients of this model, on these prompts?
+
+        grad L(x) = -beta mean over i != j of (sigmoid(r_j - r_i) - 1/2) (s_i - s_j)
+
+    with s_i = grad log pi(y_i|x): DPO's expected gradient over pairs drawn from the prompt's own
+    responses, the draw taken as fixed. The bound (derived) holds for these averages exactly, so
+    what one learns is how tight it is, and whether the norm follows PVar.
+
+    Args:
+        scorer: what scores the responses; only parameters that are trained count.
+        batch: prompts with N responses each.
+        rewards: rhat = beta log pi/pi_ref of each response.
+        beta: of the loss.
+    """
+    parameters = _trained(scorer)
+    variance = preference_variance(rewards.double())
+    norms, bounds = [], []
+    for row, reward, spread in zip(batch, rewards.double(), variance, strict=True):
+        grads = _response_gradients(scorer, row, parameters).double()
+        inner = grads @ grads.T
+        pairs = len(reward) * (len(reward) - 1)
+        pull = (reward.unsqueeze(0) - reward.unsqueeze(1)).sigmoid() - 0.5  # 0 on the diagonal
+        weight = 2 * beta * pull.sum(1) / pairs  # antisymmetric: i and j count the same pair
+        norms.append(float((weight @ inner @ weight).clamp(min=0).sqrt()))
+        squares = inner.diagonal().unsqueeze(0) + inner.diagonal().unsqueeze(1) - 2 * inner
+        scatter = squares.sum() / pairs
+        bounds.append(float(cauchy_schwarz_bound(spread, torch.tensor(beta), scatter)))
+    return GradientBound(norm=tuple(norms), bound=tuple(bounds), variance=tuple(variance.tolist()))
+
+
+def _trained(scorer: nn.Module) -> list[nn.Parameter]:
+    parameters = [part for part in scorer.parameters() if part.requires_grad]
+    if not parameters:
+        raise UserError("no parameter is trained; load the policy with its adapter on")
+    return parameters
 
 
 def _response_gradients(

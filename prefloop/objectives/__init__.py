@@ -1,8 +1,8 @@
 """Objectives: what a policy is trained to minimise. Every name of the package's files is here.
 
 To add one: write the class in the file of its theme, name it in that file's `__all__`, and add a
-row to `CASES` in `tests/test_objectives.py`. The exports, the command line and docs/objectives.md
-follow from `__all__`.
+row to `CASES` in `tests/objective_cases.py`. The exports, the command line and docs/objectives.md
+(`python scripts/objectives_docs.py`) follow from `__all__`.
 """
 
 from dataclasses import is_dataclass

@@ -28,6 +28,9 @@ class NCAPair(Pairwise):
     The chosen reward is pulled to log 2 and pulled back beyond; the rejected one is pushed down
     always. For N scored responses see NCA.
 
+    When:
+        the likelihood of the chosen responses must not fall
+
     Attributes:
         beta: reward scale, per nat.
 
@@ -56,6 +59,9 @@ class BCOPair(Pairwise):
 
     This is TRL's `bco_pair`; LLaMA-Factory and older TRL subtract a running mean of the rewards
     from both. The form with the shift, taken over the batch, is BCO, which reads pairs too.
+
+    When:
+        the chosen and the rejected response should be judged each on its own
 
     Attributes:
         beta: reward scale, per nat.
@@ -86,6 +92,9 @@ class APOZero(Pairwise):
     For chosen answers better than the model's own. Bounded: a pair that is far off has almost no
     gradient.
 
+    When:
+        the chosen responses are better than what the model writes
+
     Attributes:
         beta: reward scale, per nat.
 
@@ -114,6 +123,9 @@ class APODown(Pairwise):
 
     For chosen answers worse than the model's own. At the reference the two pulls on the chosen
     response cancel.
+
+    When:
+        both responses are worse than what the model writes, the rejected one more so
 
     Attributes:
         beta: reward scale, per nat.
@@ -144,6 +156,9 @@ class EXOPair(Pairwise):
     The best margin is log((1 - eps) / eps), 6.9 at eps = 0.001; beyond it the gradient turns. A
     badly misranked pair has almost no gradient, unlike in DPO. The authors' script takes
     unnormalised targets (0, -10) instead of log(1 - eps), log(eps). For N scored responses: EXO.
+
+    When:
+        the policy should settle on a mode of good answers rather than cover them
 
     Attributes:
         beta: reward scale, per nat.
@@ -182,6 +197,9 @@ class DiscoPOP(Pairwise):
     Not monotone: between z = -0.119 and 0.072 (at tau = 0.05) the margin is pushed down, which is
     where training starts.
 
+    When:
+        a comparison with the literature; mind where it pushes the margin down
+
     Attributes:
         beta: reward scale, per nat.
         tau: width of the blend, in units of z, in (0, 1): at 1 or more the loss of a badly
@@ -216,6 +234,9 @@ class SPPOHard(Pairwise):
 
     A regression: the gradient turns once a log-ratio is past its target. The authors' code takes
     half of it. With estimated win probabilities instead of 1 and 0: SPPO.
+
+    When:
+        rounds of self-play with the current policy as the reference, labelled by a winner
 
     Attributes:
         beta: 1 / eta of the paper, per nat; 0.001 in the paper (targets of 500 nats).

@@ -29,6 +29,9 @@ class AOT(Batchwise):
     Stochastic dominance of first order, by sorting both sides over the batch. Never larger than
     DPO's mean on the same batch; with one pair it is DPO.
 
+    When:
+        the policy should improve in distribution rather than pair by pair; use large batches
+
     Attributes:
         beta: strength, per nat; 0.01 in the authors' runs.
         label_smoothing: eps, assumed share of flipped labels, in [0, 0.5).
@@ -64,6 +67,9 @@ class AOTUnpaired(Batchwise):
 
     Which chosen response belongs to which rejected one plays no part.
 
+    When:
+        good and bad responses do not come in pairs of one prompt; use large batches
+
     Attributes:
         beta: strength, per nat; 0.01 in the authors' runs.
         label_smoothing: eps, assumed share of flipped labels, in [0, 0.5).
@@ -96,6 +102,9 @@ class PooledSFT(Batchwise):
 
     A token counts the same in a long and in a short response, unlike in SFT.
 
+    When:
+        an SFT term that is to equal the loss of a language-model trainer
+
     References:
         The usual language-model loss; TRL's `sft`.
     """
@@ -121,6 +130,9 @@ class AlphaDPO(Pairwise):
     an objective here has no state. A batch without spread gets the plain margin gamma. In the
     authors' code alpha is multiplied by beta, as here; in the paper as remembered it is not:
     divide that alpha by beta. alpha = 0 is SimPO.
+
+    When:
+        SimPO's margin suits some pairs and not others, and a reference is at hand
 
     Attributes:
         beta: reward scale, per nat per token; 2.5 to 10 in the authors' runs.

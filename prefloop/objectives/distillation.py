@@ -26,6 +26,9 @@ class EnsembleDistillation(Ensemble):
     authors' minimum runs over, their way to combine an ensemble otherwise, and gamma are not
     settled by any public source: `reduce` offers the readings.
 
+    When:
+        several reward models are at hand and none is trusted alone
+
     Attributes:
         beta: strength of the KL constraint, per nat, in the units of the scores.
         gamma: weight of the forward KL penalty; 0 for none.

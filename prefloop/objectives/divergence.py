@@ -90,6 +90,9 @@ class FDivergence(Wrapped):
     Only for objectives that read the policy through h alone: DPO, Hinge, IPO, RobustDPO, EXOPair,
     DiscoPOP, LengthNormalizedDPO. Constants of f' that cancel in a difference are left out.
 
+    When:
+        reverse KL loses diversity (ForwardKL, JensenShannon), at some cost in reward
+
     Attributes:
         objective: the objective inside.
         divergence: ReverseKL(), ForwardKL(), JensenShannon() or AlphaDivergence(alpha=...).

@@ -26,6 +26,9 @@ class GPM:
 
     P(first over second) = sigmoid(S / tau), and the two orders sum to 1 by construction.
 
+    When:
+        judges prefer in circles, or a reward model of one number fits their votes badly
+
     Attributes:
         tau: temperature, in units of the score; 0.1 in the authors' runs.
         margin: what the score should exceed, 0 for none.

@@ -28,6 +28,9 @@ class MDPO(Listwise):
     The likelihood of a group is the geometric mean of its members'. One response a group is DPO.
     Biased for the population's value when groups are small.
 
+    When:
+        what is judged is a set of answers: diversity, bias, consistency
+
     Attributes:
         beta: strength of the KL constraint, per nat.
 
@@ -60,6 +63,9 @@ class MIPO(Listwise):
     The bracket is `unbiased`: sample variances over group sizes make the square an unbiased
     estimate for independent members (derived here; the paper has an unbiased estimator too). One
     response a group is IPO, whose sum-or-mean question this inherits.
+
+    When:
+        as MDPO, with labels that nearly always agree
 
     Attributes:
         beta: the paper's tau, per nat; the target difference is 1 / (2 beta).

@@ -29,6 +29,9 @@ class PlackettLuce(Listwise):
     others (1, 1, 2) each of them meets the worse ones on its own: a composite likelihood, since the
     order of the two was not observed.
 
+    When:
+        annotators ranked several responses
+
     Attributes:
         beta: strength of the KL constraint, per nat; larger stays closer to the reference.
 
@@ -56,6 +59,9 @@ class TopK(Listwise):
 
         loss = sum over i with rank <= k of log( 1 + sum over j worse than i of exp(r_j - r_i) )
            r = beta (log pi(y|x) - log pi_ref(y|x))
+
+    When:
+        only the first places of a ranking are trusted
 
     Attributes:
         beta: strength of the KL constraint, per nat.
@@ -90,6 +96,9 @@ class BestOfN(Listwise):
 
     Reads only which response has rank 1, of which there is exactly one; whatever order the others
     have is ignored.
+
+    When:
+        annotators picked the best of several responses
 
     Attributes:
         beta: strength of the KL constraint, per nat.

@@ -24,6 +24,9 @@ class DPO(Pairwise):
 
         loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z),   z = beta (h_w - h_l)
 
+    When:
+        the first thing to try on pairs; with smoothing where some labels are known to be wrong
+
     Attributes:
         beta: strength of the KL constraint, per nat; larger stays closer to the reference.
         label_smoothing: eps, the assumed share of flipped labels, in [0, 0.5); 0 is plain DPO.
@@ -55,6 +58,9 @@ class Hinge(Pairwise):
 
     No gradient once the margin is 1.
 
+    When:
+        pairs that are right already should stop moving the policy
+
     Attributes:
         beta: reward scale, per nat (RSO's gamma).
 
@@ -85,6 +91,9 @@ class IPO(Pairwise):
     that the authors confirmed it. Summed (`log_ratios="sum"`): the equation as printed,
     eric-mitchell/direct-preference-optimization, OpenRLHF. A beta for one means nothing for the
     other.
+
+    When:
+        DPO's margins run away on clean or repeated labels; it asks for a fixed margin instead
 
     Attributes:
         beta: the paper's tau, per nat; the target difference is 1 / (2 beta).
@@ -118,6 +127,9 @@ class LengthNormalizedDPO(Pairwise):
 
     Not RSO's sigmoid-norm, which is DPO itself with beta = gamma.
 
+    When:
+        lengths of the two responses differ much and the longer one should not weigh more
+
     Attributes:
         beta: reward scale, per nat per token: about |y| times what DPO would take.
 
@@ -146,6 +158,9 @@ class DPOP(Pairwise):
     The charge stands inside the sigmoid and is multiplied by beta; some ports put it outside, one
     with the wrong sign. Where h_w >= 0 this is DPO; the kink is where training starts, and takes
     the slope 0 there. Clip gradients: with penalty 50 they are 51 times as steep.
+
+    When:
+        the chosen log-probability falls during DPO, typically on pairs that differ in a few tokens
 
     Attributes:
         beta: strength of the KL constraint, per nat. 0.3 in the paper's runs, as we remember them.
@@ -180,6 +195,9 @@ class RPO(Pairwise):
     The authors' code has both, with these factors. The baseline response of the theory is the
     chosen one, as in that code. Other methods share the letters: DPO with an NLL term (Iterative
     RPO, arXiv 2404.19733) is `Sum` of DPO and SFT; reward-aware PO is regression on rewards.
+
+    When:
+        a DPO run drifts or over-optimizes, and the chosen responses are worth imitating
 
     Attributes:
         beta: strength of the KL constraint, per nat.
@@ -220,6 +238,9 @@ class StraightThroughDPO(Pairwise):
 
     Our own, under a neutral name: it has the property that SGDPO's pilot term (arXiv 2505.12435)
     is said to have, and is not that method, whose term no public source settles.
+
+    When:
+        an experiment on which side of a pair should move
 
     Attributes:
         beta: strength of the KL constraint, per nat.

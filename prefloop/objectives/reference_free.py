@@ -25,6 +25,9 @@ class SimPO(Pairwise):
 
     `gamma` is the margin itself; the authors' scripts ask for gamma / beta instead.
 
+    When:
+        no memory or time for a reference, and length should not decide
+
     Attributes:
         beta: reward scale, per nat per token.
         gamma: target margin, in units of reward; 0 for none.
@@ -56,6 +59,9 @@ class CPO(Pairwise):
 
     nll(y_w) is -log pi(y_w|x) / |y_w| ("mean") or without the division ("sum"); libraries differ,
     and TRL pools the tokens of the batch (here: `Sum` of CPO(alpha=0) and PooledSFT).
+
+    When:
+        no reference, and chosen responses good enough to imitate
 
     Attributes:
         beta: reward scale, per nat.
@@ -99,6 +105,9 @@ class ORPO(Pairwise):
     pooled over the batch. A response that the policy is certain of (m = 0) has infinite odds: m is
     held one rounding step below 0.
 
+    When:
+        one stage instead of SFT and then preference training, from a base model
+
     Attributes:
         beta: weight of the odds ratio term (lambda in the paper).
 
@@ -127,6 +136,9 @@ class SLiC(Pairwise):
         loss = max(0, delta - log pi(y_w|x) + log pi(y_l|x)) - lambda log pi(y_w|x)
 
     The SFT term's response is the chosen one. With a reference it is Hinge.
+
+    When:
+        no reference and a margin in nats; mostly for comparison with the literature
 
     Attributes:
         delta: margin, in nats.

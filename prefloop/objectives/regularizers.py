@@ -22,6 +22,9 @@ class SFT(Pairwise):
     With more than two responses, each is counted as often as it beats another one. Pooling the
     tokens of a batch before dividing (TRL's `sft`) is neither: see PooledSFT.
 
+    When:
+        beside a preference loss, to hold up the chosen responses
+
     Attributes:
         log_likelihood: "mean" for nats per token, "sum" for nats.
 
@@ -49,6 +52,9 @@ class ChosenHinge(Pairwise):
         loss = max(0, -h_w - slack),   h_w = log pi(y_w|x) - log pi_ref(y_w|x), per token or summed
 
     Added to DPO it is the form of DPOP that some ports have, with the penalty outside the sigmoid.
+
+    When:
+        beside DPO, to charge for a fall of the chosen response and for nothing else
 
     Attributes:
         slack: how far the chosen response may fall for free, in nats (per token with "mean").
@@ -82,6 +88,9 @@ class Pessimism(Pairwise):
     The practical form of optimizing against a family of reward models: p-DPO is `Sum` of DPO and
     this one with weights (1, gamma), gamma small (0.001). Whether the authors' expectation takes in
     the rejected responses is not settled by any public source; here it does.
+
+    When:
+        beside DPO or RewardDistillation, against over-optimization
 
     References:
         Fisch et al. 2024, arXiv 2405.19316; practical form as remembered.

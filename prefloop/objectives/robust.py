@@ -32,6 +32,9 @@ class RobustDPO(Pairwise):
     If a share eps of the labels is flipped at random, its expectation is DPO's on clean labels.
     Unlike label smoothing it stays monotone, and its values may be negative.
 
+    When:
+        a known share of labels is flipped at random
+
     Attributes:
         beta: strength of the KL constraint, per nat.
         label_smoothing: eps, the share of flipped labels, in [0, 0.5).
@@ -65,6 +68,9 @@ class KLDPO(Pairwise):
     The weights are detached and not normalised, as in the authors' code, so the mean weight is 1
     or more; the exact dual, tau log mean exp(l / tau), would normalise them. It amplifies label
     noise as well. The mean is over the batch that the objective sees.
+
+    When:
+        test prompts may be distributed unlike the training prompts, and labels are clean
 
     Attributes:
         beta: strength of the KL constraint on the policy, per nat.
@@ -102,6 +108,9 @@ class DrDPO(Batchwise):
         loss = -temperature log mean exp(-l_i / temperature),   l = DPO's losses
 
     The mirror image of KLDPO. One number for the batch.
+
+    When:
+        labels are noisy and no share of flips is known; use large batches
 
     Attributes:
         beta: strength of the KL constraint, per nat.
@@ -142,6 +151,9 @@ class WassersteinDPO(Listwise):
     value is l alone. The theory takes the square root of the mean squared norm (remembered); the
     authors' code, and this, do not. With more than two responses l is the mean over the ordered
     pairs.
+
+    When:
+        inputs at test time are perturbed, the model is small, and second derivatives are affordable
 
     Attributes:
         beta: strength of the KL constraint, per nat.

@@ -28,6 +28,9 @@ class SoftLabelDPO(Scored):
 
     The best margin is margin_scale (R_i - R_j); the gradient turns beyond it.
 
+    When:
+        a reward model's scores or shares of votes are at hand, not only who won
+
     Attributes:
         beta: strength of the KL constraint, per nat.
         margin_scale: log-odds of a preference per unit of score.
@@ -68,6 +71,9 @@ class RewardDistillation(Scored):
     Against several reward models: EnsembleDistillation; with the forward KL penalty: `Sum` with
     Pessimism.
 
+    When:
+        a trusted reward model scores any responses, labelled or not
+
     Attributes:
         beta: strength of the KL constraint, per nat, in the units of the scores.
 
@@ -100,6 +106,9 @@ class EXO(Scored):
 
     Mode-seeking, unlike InfoNCA's cross-entropy. The authors' HH script divides the log-ratios by
     0.8 as well. For pairs with labels: EXOPair.
+
+    When:
+        as EXOPair, with scores for N responses
 
     Attributes:
         beta: beta_pi of the paper, per nat.
@@ -136,6 +145,9 @@ class InfoNCA(Scored):
 
     Two responses and a temperature near 0 give DPO.
 
+    When:
+        scores for N responses, and all of them should be learned from
+
     Attributes:
         beta: reward scale, per nat.
         temperature: alpha of the paper, in units of the scores.
@@ -169,6 +181,9 @@ class NCA(Scored):
 
         loss = - sum over i of [ p_i log sigmoid(r_i) + 1/N log sigmoid(-r_i) ]
            p = softmax(R / temperature)
+
+    When:
+        as InfoNCA, where likelihoods of good responses must not fall
 
     Attributes:
         beta: reward scale, per nat.
@@ -209,6 +224,9 @@ class SPPO(Scored):
     against itself as well (one half), trains on the best and the worst of five only, and takes half
     of the sum. With labels instead of scores: SPPOHard.
 
+    When:
+        rounds of self-play with the current policy as the reference, scored by a reward model
+
     Attributes:
         beta: 1 / eta of the paper, per nat; 0.001 in the paper.
         margin_scale: log-odds of a preference per unit of score.
@@ -244,6 +262,9 @@ class GPO(Scored):
         R_i = mean over j != i of S(y_i over y_j), see `average_score`
 
     The scores column holds the averaged preference scores. They have no bound: standardise them.
+
+    When:
+        preferences that are not transitive, scored by a general preference model
 
     Attributes:
         beta: strength of the KL constraint, per nat; 0.001 as in the authors' runs.

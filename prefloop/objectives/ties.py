@@ -28,6 +28,9 @@ class RaoKupper(Tied):
 
     At d = 0 a tie has probability (nu - 1) / (nu + 1).
 
+    When:
+        annotators say "equally good" when they cannot see a difference
+
     Attributes:
         beta: strength of the KL constraint, per nat.
         nu: width of the tie, above 1; near 1 is DPO. 3 makes equals tie half of the time.
@@ -63,6 +66,9 @@ class Davidson(Tied):
         tie:   the same + d / 2 - log(2 nu)
 
     At d = 0 a tie has probability nu / (1 + nu). Some texts write nu for 2 nu.
+
+    When:
+        as RaoKupper; its ties grow likelier the closer the rewards are, without a threshold
 
     Attributes:
         beta: strength of the KL constraint, per nat.

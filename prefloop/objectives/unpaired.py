@@ -32,6 +32,9 @@ class KTO(Unpaired):
     paper, and TRL). "matched" takes the labelled responses themselves, at no cost and with a bias;
     "zero" takes 0, which is the unpaired form of APOZero (TRL's `apo_zero_unpaired`).
 
+    When:
+        thumbs up and down on single responses
+
     Attributes:
         beta: reward scale, per nat.
         desirable: weight of good responses; keep desirable n_good / (undesirable n_bad) in
@@ -95,6 +98,9 @@ class BCO(Unpaired):
     batch's. A batch with one kind only takes that kind's mean. The density-ratio weights for
     prompts that differ between good and bad go into the `weight` column. Without the shift, on
     pairs: BCOPair.
+
+    When:
+        as KTO, without mismatched responses to score
 
     Attributes:
         beta: reward scale, per nat.

@@ -28,6 +28,9 @@ class LD(Wrapped):
     policy = reference then gives log 2; LLaMA-Factory weighs the policy only ("policy"), which
     leaves -(1 - alpha) log ref of the tail in the margin. Logged rewards are unweighted.
 
+    When:
+        the policy grows verbose under an objective on summed log-probabilities
+
     Attributes:
         objective: the objective inside.
         alpha: weight of the tail, in [0, 1]; 1 changes nothing, 0 cuts to the shared length.
@@ -78,6 +81,9 @@ class WPO(Wrapped):
     weight may exceed 1. Earlier ports cut the product at 1; TRL 1.16 does not. Which of the two
     is the authors' own is unsettled. Needs the collision probabilities of the full vocabulary.
 
+    When:
+        training on responses that another model wrote
+
     Attributes:
         objective: the objective inside.
         max_weight: largest weight of a pair; 1 for the earlier ports, inf for none.
@@ -113,6 +119,9 @@ class Sum:
 
     Each part reads what it needs; comparisons must have it all. Logged rewards are those of the
     first part. `Sum(objectives=(DPO(), SFT()), weights=(1.0, 0.2))` is DPO with an SFT term.
+
+    When:
+        one objective is not enough: DPO with an SFT term, a loss with a regularizer
 
     Attributes:
         objectives: the parts, one or more.

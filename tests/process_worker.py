@@ -31,7 +31,13 @@ def main(out: Path, kind: str, steps: int) -> None:
     model = tiny.llama()
     reference = cached_reference(Scorer(model), rows, path=out / "cache", identity="tiny")
     settings = TrainSettings(
-        lr=0.01, batch_size=5, epochs=2, max_steps=steps, warmup=0.0, token_budget=60
+        lr=0.01,
+        batch_size=5,
+        epochs=2,
+        max_steps=steps,
+        warmup=0.0,
+        schedule="constant",
+        token_budget=60,
     )
     scorer = Scorer(model, token_budget=None)
     trainer = build_trainer(scorer, DPO(beta=0.5), reference, settings, accelerator)

@@ -1,4 +1,4 @@
-"""The commands end to end on a tiny model; a user's mistake is one line, exit 2, nothing written."""
+"""The commands end to end on a tiny model; a user's mistake is one line and writes nothing."""
 
 import json
 import os
@@ -83,31 +83,20 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def test_the_loop_runs_from_prompts_to_a_report(model, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     write_jsonl(prompts, ({"id": f"p{n}", "prompt": sentence(n, 4)} for n in range(6)))
-    short = ["--max-new-tokens", "6"]
+    short = "--max-new-tokens 6"
+    reward = "--reward test_cli:score_words"
+    at = tmp_path
     steps = [
-        [
-            "sample",
-            "--model",
-            model,
-            "--data",
-            prompts,
-            "--out",
-            tmp_path / "a",
-            "--n",
-            "3",
-            *short,
-        ],
-        ["score", "--data", tmp_path / "a/responses.jsonl", "--out", tmp_path / "b"]
-        + ["--reward", "test_cli:score_words"],
-        ["select", "--data", tmp_path / "b/scored.jsonl", "--out", tmp_path / "c"],
-        ["train", "--model", model, "--data", tmp_path / "c/selected.jsonl"]
-        + ["--out", tmp_path / "run", "--held-out-share", "0", *TRAIN],
-        ["evaluate", tmp_path / "run", "--data", prompts, "--reward", "test_cli:score_words"]
-        + [*short, "--n", "2"],
-        ["report", tmp_path / "run"],
+        f"sample --model {model} --data {prompts} --out {at}/a --n 3 {short}",
+        f"score --data {at}/a/responses.jsonl --out {at}/b {reward}",
+        f"select --data {at}/b/scored.jsonl --out {at}/c",
+        f"train --model {model} --data {at}/c/selected.jsonl --out {at}/run --held-out-share 0 "
+        + " ".join(TRAIN),
+        f"evaluate {at}/run --data {prompts} {reward} {short} --n 2",
+        f"report {at}/run",
     ]
     for words in steps:
-        assert main([str(word) for word in words]) == 0, words
+        assert main(words.split()) == 0, words
     selected = list(read_jsonl(tmp_path / "c/selected.jsonl"))
     assert len(selected) == 6
     assert sum(row.get("weight", 1.0) for row in selected) == 3

@@ -83,6 +83,7 @@ class Demo:
             data=out / "selected" / "selected.jsonl",
             out=out / "run",
             held_out_share=0.0,
+            empty="drop",
             loop=TrainSettings(lr=1e-4, batch_size=8, epochs=epochs, seed=self.seed),
             resume=True,
         )

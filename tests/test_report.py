@@ -113,13 +113,20 @@ def test_selection_counts_and_shows_both_ends(page):
     assert "sea. 0" in page.text[lowest : lowest + 200]
 
 
+def test_a_written_section_may_hold_numbers_with_intervals(tmp_path):
+    cell = {"value": 0.5, "low": 0.25, "high": 0.75, "unit": "share"}
+    tables = [{"columns": ["who", "rate"], "rows": [["ann", cell], ["bob", None]]}]
+    page = Page(report([only(tmp_path, rates__section={"title": "Rates", "tables": tables})]))
+    assert "ann 50.0 % [25.0 %, 75.0 %] bob \u2013" in page.text
+
+
 def test_selection_by_another_rule_reads_its_own_column(tmp_path):
     run = only(tmp_path, selection={"rule": "RewardGap()", "keep": "bottom", "cut": 0.3})
     rows = [{"prompt": f"p{gap}", "rewardgap": gap / 10, "kept": gap <= 3} for gap in range(9)]
     lines(run, "selected", rows)
     page = Page(report([run]))
     assert "4 of 9 prompts were kept (RewardGap())." in page.text
-    assert "at or below the cut above" in page.text
+    assert "at or below 0.3 above" in page.text
     assert "Highest RewardGap prompt rewards RewardGap p8 0.8" in page.text
     assert "Lowest RewardGap prompt rewards RewardGap p0 0" in page.text
 
@@ -381,8 +388,12 @@ SERIES = {"name": "s", "x": [1, 2], "y": [1, 2]}
             r"tables\[0\]: row 0 has 1 cells for 2 columns",
         ),
         (
-            {"title": "t", "tables": [{"columns": ["a"], "rows": [[{}]]}]},
-            "a cell that is neither text nor a number",
+            {"title": "t", "tables": [{"columns": ["a"], "rows": [[[1]]]}]},
+            r"row 0: a cell is text, a number, null or an interval; found \[1\]",
+        ),
+        (
+            {"title": "t", "tables": [{"columns": ["a"], "rows": [[{"mean": 1}]]}]},
+            "row 0: nobody reads mean; the keys are value, low, high, unit",
         ),
         (
             {"title": "t", "lines": [{"title": "l", "series": [SERIES, {**SERIES, "y": [1]}]}]},

@@ -184,7 +184,7 @@ def test_the_legend_tells_apart_what_needs_it():
     assert legend(Lines(title="l", series=(RISE, FALL), keys=own)) == own
     many = tuple(Point(name=str(place), x=0, y=0) for place in range(PALETTE + 1))
     assert legend(Scatter(title="s", points=many))[-1].colour == 0
-    assert [key.name for key in legend(FIGURES[4])] == ["at or above the cut", "below"]
+    assert [key.name for key in legend(FIGURES[4])] == ["at or above 2", "below"]
 
 
 def test_a_description_says_the_course_of_each_line():

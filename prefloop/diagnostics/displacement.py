@@ -10,6 +10,7 @@ References:
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -19,6 +20,8 @@ from prefloop.intervals import Estimate, mean, ratio, share
 from prefloop.types import Logps, UserError
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SHOWN = 1000
+"""Most changes that are kept one by one, for a histogram."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Change:
         token: sum of the changes over sum of the tokens, nats per token.
         fell: share of the responses that became less likely, in [0, 1].
         quantiles: of the change, nats per response, at `QUANTILES`.
+        values: the changes, sorted; of many, `SHOWN` evenly spaced ones.
         responses: how many.
     """
 
@@ -37,6 +41,7 @@ class Change:
     token: Estimate
     fell: Estimate
     quantiles: tuple[float, ...]
+    values: tuple[float, ...]
     responses: int
 
     @property
@@ -182,12 +187,14 @@ def _change(
     moved: Float[Tensor, "B N"], length: Int[Tensor, "B N"], which: Bool[Tensor, "B N"]
 ) -> Change:
     values, clusters = moved[which], which.nonzero()[:, 0]
-    at = torch.tensor(QUANTILES, dtype=values.dtype, device=values.device)
+    ordered = values.sort().values
+    place = torch.linspace(0, len(values) - 1, min(SHOWN, len(values))).round().long()
     return Change(
         mean=mean(values, clusters),
         token=ratio(values, length[which], clusters),
         fell=share(values < 0, clusters),
-        quantiles=tuple(values.quantile(at).tolist()),
+        quantiles=tuple(np.quantile(ordered.cpu().numpy(), QUANTILES).tolist()),
+        values=tuple(ordered[place.to(ordered.device)].tolist()),
         responses=len(values),
     )
 

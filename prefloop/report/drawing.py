@@ -103,7 +103,7 @@ def legend(figure: Lines | Scatter | Heatmap | Histogram) -> tuple[Key, ...]:
     if isinstance(figure, Histogram) and figure.cut is not None:
         kept, rest = ("at or below", "above") if figure.below else ("at or above", "below")
         return (
-            Key(name=f"{kept} the cut", colour=0, mark="block"),
+            Key(name=f"{kept} {number(figure.cut)}", colour=0, mark="block"),
             Key(name=rest, colour=6, mark="block"),
         )
     return ()

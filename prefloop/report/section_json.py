@@ -14,7 +14,9 @@ but "title" may be left out.
      "histograms": [{"title": "...", "x_label": "PVar", "values": [0.1, 0.2], "cut": 0.15}],
      "answers": [{"prompt": "...", "texts": [{"name": "before", "text": "...", "reward": 0.1}]}]}
 
-null in a list of numbers is a missing value: a gap in a line, an empty cell of a heat map.
+A cell of a table is text, a number, null, or a number with its interval: {"value": 0.7,
+"low": 0.6, "high": 0.8, "unit": "share"}. null in a list of numbers is a missing value: a gap in a
+line, an empty cell of a heat map.
 """
 
 import math
@@ -25,8 +27,10 @@ from typing import Any, TypeVar
 
 from prefloop.report.section import (
     Answers,
+    Cell,
     Heatmap,
     Histogram,
+    Interval,
     Lines,
     Point,
     Scatter,
@@ -85,13 +89,26 @@ def table(value: Any, place: str) -> Table:
             raise UserError(
                 f"{place}: row {index} has {len(cells)} cells for {len(columns)} columns"
             )
-        if any(isinstance(cell, list | dict) for cell in cells):
-            raise UserError(f"{place}: row {index} has a cell that is neither text nor a number")
     return Table(
         title=_text(value, "title", place, ""),
         columns=columns,
-        rows=tuple(tuple(row) for row in rows),
+        rows=tuple(
+            tuple(_cell(cell, f"{place}: row {index}") for cell in row)
+            for index, row in enumerate(rows)
+        ),
     )
+
+
+def _cell(value: Any, place: str) -> Cell:
+    if isinstance(value, Mapping):
+        _fields(value, place, "value", "low", "high", "unit")
+        number = {
+            key: _number(value.get(key), f"{place}: {key}") for key in ("value", "low", "high")
+        }
+        return Interval(**number, unit=_text(value, "unit", place, ""))
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise UserError(f"{place}: a cell is text, a number, null or an interval; found {repr(value)}")
 
 
 def _lines(value: Any, place: str) -> Lines:

@@ -172,6 +172,13 @@ def test_a_sum_needs_what_its_parts_need():
     assert o.LD(objective=o.KLDPO()).couples_batch
 
 
+def test_only_kto_with_its_own_baseline_wants_mismatched_responses():
+    assert o.needs_mismatched(o.KTO())
+    assert o.needs_mismatched(o.Sum(objectives=(o.DPO(), o.KTO())))
+    assert not o.needs_mismatched(o.KTO(baseline="matched"))
+    assert not o.needs_mismatched(o.BCO())
+
+
 # MRPO: a helper and the anchor, with the numbers of the published code's own steps
 HELPER = Pair(table([[[-4.8]]]).at(torch.tensor(0)), table([[[-6.0]]]).at(torch.tensor(0)))
 ANCHOR = Pair(table([[[-5.0]]]).at(torch.tensor(0)), table([[[-5.5]]]).at(torch.tensor(0)))

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prefloop.objectives.checks import one_of, positive, require
-from prefloop.objectives.family import Unpaired, log_ratio
+from prefloop.objectives.family import Objective, Unpaired, log_ratio
+from prefloop.objectives.wrapped import Sum
 from prefloop.types import Logps, UserError
 
-__all__ = ["BCO", "KTO"]
+__all__ = ["BCO", "KTO", "needs_mismatched"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,13 @@ class BCO(Unpaired):
 
     def rewards(self, policy: Logps, reference: Logps | None) -> Float[Tensor, "*shape"]:
         return self.beta * log_ratio(policy, reference)
+
+
+def needs_mismatched(objective: Objective) -> bool:
+    """Whether the rows want mismatched responses, which `pairing.with_mismatched` adds."""
+    if isinstance(objective, Sum):
+        return any(needs_mismatched(part) for part in objective.objectives)
+    return isinstance(objective, KTO) and objective.baseline == "mismatched"
 
 
 def by_label(

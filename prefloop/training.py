@@ -133,6 +133,7 @@ class Training:
         out: the run folder.
         gradient: how an update is computed; the bilevel solvers bring their own.
         on_step: called after every optimizer step.
+        reference: what stands for pi_ref, of (policy, rows, settings); `reference_of` when None.
     """
 
     policy: Policy
@@ -142,6 +143,7 @@ class Training:
     out: Path
     gradient: Gradient = backward
     on_step: Callable[[Progress], None] = lambda progress: None
+    reference: Callable[[Policy, Sequence[Tokenized], TrainSettings], Reference] | None = None
 
     def __call__(self, rows: Sequence[Tokenized], held_out: Sequence[Tokenized] = ()) -> Metrics:
         """Train on `rows`, save the policy; the last metrics.
@@ -152,7 +154,8 @@ class Training:
         self.policy.model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType] - overloads
         reference = None
         if self.objective.needs_reference or self.settings.log_displacement:
-            reference = reference_of(self.policy, [*rows, *held_out], self.settings)
+            referred = self.reference or reference_of
+            reference = referred(self.policy, [*rows, *held_out], self.settings)
         scorer = self.policy.scorer(None, with_collision=self.objective.needs_collision)
         trainer = build_trainer(
             scorer, self.objective, reference, self.settings, self.accelerator, self.gradient

@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "Score sampled answers with a reward.",
     "select": "Choose the prompts that are worth a label.",
     "train": "Train a policy on comparisons.",
+    "online": "Rounds of sample, score, select and train.",
     "evaluate": "Compare a trained policy with its reference.",
     "report": "Write one self-contained HTML page from run folders.",
     "reproduce": "Check a paper's claims exactly, in the tabular world.",

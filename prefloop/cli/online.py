@@ -1,0 +1,164 @@
+"""`prefloop online`: rounds of sample, score, select and train."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from prefloop.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from prefloop.online import Asking, Learning, Measuring, Recipe
+    from prefloop.types import Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """Train online: what the policy says is scored, and trains the next policy."""
+
+    model: str
+    """Hugging Face name or folder of the policy to start from."""
+    data: Path
+    """Rows with a `prompt`; each round asks all of them anew."""
+    reward: str
+    """vader, brevity, questions; module:function; or the folder or name of a reward model."""
+    out: Path
+    """Run folder: round-1/..., rounds.jsonl; refused if it holds a run."""
+    rounds: int = 3
+    """Rounds of sample, score, select, train."""
+    recipe: Literal["vanilla", "on_policy", "hybrid", "tilted", "mixture", "xpo", "rs_dpo"] = (
+        "on_policy"
+    )
+    """A method's sampler and objective; docs/online.md lists them."""
+    sampler: str = ""
+    """Where pairs come from after the first round, in place of the recipe's: Tilted(k=0.5), ..."""
+    first: str = "FromPolicy()"
+    """Where pairs come from in the first round, in which the policy is its reference."""
+    objective: str = ""
+    """What is minimised, in place of the recipe's; docs/objectives.md lists them."""
+    margin_scale: float = 1.0
+    """Log-odds of a preference per unit of reward, in the recipe's soft labels."""
+    reference: Literal["fixed", "moving"] = "fixed"
+    """pi_ref of the objective: the first model, or the policy that each round begins with."""
+    n: int = 2
+    """Answers a prompt, where the sampler does not say so itself."""
+    rule: str = "PVar()"
+    """What scores a prompt: PVar(scale=1.0), RewardGap(), Random(seed=0)."""
+    budget: int = 0
+    """Prompts to label in each round, the highest by --rule; 0 is all of them."""
+    held_out: Path | None = None
+    """Prompts to measure on, never trained on."""
+    held_out_share: float = 0.2
+    """Share of the prompts of --data to measure on where --held-out is not given."""
+    held_out_n: int = 2
+    """Answers to each held-out prompt."""
+    temperature: float = 1.0
+    """Divides the logits of training answers; held-out answers are drawn at 1, as KL needs."""
+    top_p: float = 1.0
+    """Keep the most likely tokens of training answers up to this probability; 1 keeps all."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    rows: int = 32
+    """Answers decoded side by side."""
+    lora_rank: int = 16
+    """Rank of the adapter; 0 trains the whole model."""
+    lora_alpha: float = 32.0
+    """Scale of the adapter, divided by its rank."""
+    loop: Annotated[TrainSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainSettings)
+    resume: bool = False
+    """Go on with the run in --out, at the stage where it stopped."""
+
+    def __call__(self) -> None:
+        """Check everything, then do every round that is not on disk."""
+        from prefloop import data, online
+        from prefloop.cli import settings
+        from prefloop.runs import start_run
+        from prefloop.trainer.build import accelerator_for
+
+        prompts = data.read_prompts(self.data)
+        held_out = data.read_prompts(self.held_out) if self.held_out else []
+        if not self.held_out:
+            prompts, held_out = data.split(prompts, self.held_out_share, self.loop.seed)
+        recipe = self._recipe()
+        loop = online.Online(
+            asking=self._asking(recipe, prompts),
+            learning=self._learning(recipe),
+            measuring=self._measuring(held_out),
+            rounds=self.rounds,
+            accelerator=accelerator_for((), self.out, "no"),
+            out=self.out,
+            on_stage=lambda number, stage: print(f"[round {number}] {stage}", flush=True),
+        )
+        start_run(self.out, "online", settings(self), self.resume)
+        for row in loop():
+            print(
+                f"round {row['round']}: reward {row['reward']:.4f} (reference "
+                f"{row['reference_reward']:.4f}), KL {row['kl']:.3f} +- {row['kl_se']:.3f}, "
+                f"win rate {row['win_rate']:.3f}, {row['labels']} labels"
+            )
+        print(f"policy: {self.out / f'round-{self.rounds}' / 'policy'}")
+        print(f"next: prefloop report {self.out}")
+
+    def _recipe(self) -> "Recipe":
+        from dataclasses import replace
+
+        from prefloop.expression import parse
+        from prefloop.objectives import ALL, PARTS, SoftLabelDPO
+        from prefloop.online import RECIPES, SOURCES, XPO
+
+        recipe = RECIPES[self.recipe]
+        if isinstance(recipe.objective, SoftLabelDPO):
+            soft = replace(recipe.objective, margin_scale=self.margin_scale)
+            recipe = replace(recipe, objective=soft)
+        if self.sampler:
+            recipe = replace(recipe, source=parse(self.sampler, SOURCES))
+        if self.objective:
+            recipe = replace(recipe, objective=parse(self.objective, (*ALL, *PARTS, XPO)))
+        return recipe
+
+    def _asking(self, recipe: "Recipe", prompts: "list[Comparison]") -> "Asking":
+        from prefloop.expression import parse
+        from prefloop.online import SOURCES, Asking, source_of
+        from prefloop.policies import Sampling
+        from prefloop.rewards import load_reward
+        from prefloop.selecting import Cut
+        from prefloop.selection import RULES
+
+        return Asking(
+            prompts=prompts,
+            reward=load_reward(self.reward),
+            first=source_of(parse(self.first, SOURCES), self.n),
+            later=source_of(recipe.source, self.n),
+            drawing=Sampling(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                max_new_tokens=self.max_new_tokens,
+                rows=self.rows,
+            ),
+            rule=parse(self.rule, RULES),
+            cut=Cut(fraction=1.0, budget=self.budget),
+            seed=self.loop.seed,
+        )
+
+    def _learning(self, recipe: "Recipe") -> "Learning":
+        from prefloop.online import REFERENCES, Learning
+        from prefloop.policies import Lora
+
+        adapter = Lora(rank=self.lora_rank, alpha=self.lora_alpha) if self.lora_rank else None
+        return Learning(
+            model=self.model,
+            adapter=adapter,
+            objective=recipe.objective,
+            settings=self.loop,
+            reference=REFERENCES[self.reference],
+        )
+
+    def _measuring(self, held_out: "list[Comparison]") -> "Measuring":
+        from prefloop.collecting import Draw
+        from prefloop.online import Measuring
+        from prefloop.policies import Sampling
+
+        drawing = Sampling(max_new_tokens=self.max_new_tokens, rows=self.rows)
+        draw = Draw(n=self.held_out_n, settings=drawing, seed=self.loop.seed)
+        return Measuring(prompts=held_out, draw=draw)

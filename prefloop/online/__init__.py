@@ -1,0 +1,25 @@
+"""Online preference optimization: sample, score, select, train, measure; again with what came out.
+
+sources    where a round's comparisons come from        recipes   the named methods
+exploration  XPO's bonus                                 loop      the rounds, on disk
+"""
+
+from prefloop.online.exploration import XPO
+from prefloop.online.loop import REFERENCES, Asking, Learning, Measuring, Online
+from prefloop.online.recipes import RECIPES, Recipe
+from prefloop.online.sources import SOURCES, Source, ThresholdPairs, source_of
+
+__all__ = [
+    "RECIPES",
+    "REFERENCES",
+    "SOURCES",
+    "XPO",
+    "Asking",
+    "Learning",
+    "Measuring",
+    "Online",
+    "Recipe",
+    "Source",
+    "ThresholdPairs",
+    "source_of",
+]

@@ -1,0 +1,276 @@
+"""The rounds of online training, on disk; every stage of every round can be killed and gone on with.
+
+out/round-R/responses.jsonl, scored.jsonl   answers, and their scores
+out/round-R/selected.jsonl, selection.json  which prompts are worth a label
+out/round-R/pairs.jsonl                     what is trained on
+out/round-R/metrics.jsonl, policy/          the training, and what came out
+out/round-R/evaluation.json, samples.jsonl  it against the reference, on held-out prompts
+out/rounds.jsonl, online.section.json       a line a round; the report's page
+
+A stage begins from files alone and its last file appears whole or not at all, so a run that was
+killed ends in the same files as one that was not.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from prefloop import data
+from prefloop.collecting import Draw, sample_to_file, score_to_file
+from prefloop.comparing import compare
+from prefloop.logps import Scorer, cached_reference, model_identity
+from prefloop.objectives import Objective
+from prefloop.online.section import section
+from prefloop.online.sources import Source
+from prefloop.policies import Lora, Policy, Sampling, load_policy
+from prefloop.policies.policy import evaluating
+from prefloop.policies.sampling import derived_seed
+from prefloop.rewards import Reward
+from prefloop.runs import cache_folder, read_json, read_jsonl, write_json, write_jsonl
+from prefloop.selecting import Cut, select
+from prefloop.selection import PVar, Rule
+from prefloop.settings import TrainSettings
+from prefloop.trainer.loop import Reference
+from prefloop.training import Handling, Training, prepare
+from prefloop.types import Comparison, Tokenized, UserError
+
+Row = Mapping[str, Any]
+
+
+def fixed_reference(
+    policy: Policy, rows: Sequence[Tokenized], settings: TrainSettings
+) -> Reference:
+    """pi_ref is the model that the first round began with, in every round."""
+    with torch.no_grad(), policy.reference() as model, evaluating(model):
+        return _cached(model, rows, settings)
+
+
+def moving_reference(
+    policy: Policy, rows: Sequence[Tokenized], settings: TrainSettings
+) -> Reference:
+    """pi_ref is the policy that this round began with."""
+    with torch.no_grad(), evaluating(policy.model):
+        return _cached(policy.model, rows, settings)
+
+
+REFERENCES = {"fixed": fixed_reference, "moving": moving_reference}
+"""What stands for pi_ref in the objective. Samplers tilt against the first model in both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """What a round asks a label for.
+
+    Attributes:
+        prompts: asked in every round, anew.
+        reward: who labels.
+        first: where the comparisons of the first round come from; the same for methods that are
+            compared with each other.
+        later: of the other rounds.
+        drawing: how tokens are drawn.
+        rule, cut: which prompts are kept.
+        seed: of answers and choices.
+    """
+
+    prompts: Sequence[Comparison]
+    reward: Reward
+    first: Source
+    later: Source
+    drawing: Sampling
+    rule: Rule = field(default_factory=PVar)
+    cut: Cut = field(default_factory=lambda: Cut(fraction=1.0))
+    seed: int = 0
+
+    def source(self, number: int) -> Source:
+        """Of round `number`, the first being 1."""
+        return self.first if number == 1 else self.later
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How a round trains.
+
+    Attributes:
+        model: Hugging Face name or folder that the first round begins with.
+        adapter: its new adapter, trained on in every round; None trains the whole model.
+        objective: what is minimised.
+        settings: the numbers of the loop, in each round; the schedule begins anew.
+        reference: one of `REFERENCES`.
+        handling: rows that cannot be trained on as they are.
+    """
+
+    model: str
+    adapter: Lora | None
+    objective: Objective
+    settings: TrainSettings
+    reference: Callable[[Policy, Sequence[Tokenized], TrainSettings], Reference] = fixed_reference
+    handling: Handling = field(
+        default_factory=lambda: Handling(overlong=data.Overlong.drop, empty=data.Empty.drop)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """Held-out prompts, and how answers to them are drawn after each round."""
+
+    prompts: Sequence[Comparison]
+    draw: Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """The loop of a run folder.
+
+    Attributes:
+        asking, learning, measuring: the stages of a round.
+        rounds: how many.
+        accelerator: device and precision; one process.
+        out: the run folder.
+        on_stage: called with (round, stage) before a stage that is not on disk yet.
+    """
+
+    asking: Asking
+    learning: Learning
+    measuring: Measuring
+    rounds: int
+    accelerator: Accelerator
+    out: Path
+    on_stage: Callable[[int, str], None] = lambda number, stage: None
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise UserError(f"rounds must be 1 or more, got {self.rounds}; 3 is the paper's")
+        if self.accelerator.num_processes > 1:
+            raise UserError(
+                f"online training runs in one process, this is one of "
+                f"{self.accelerator.num_processes}; start it without accelerate launch"
+            )
+
+    def __call__(self) -> Iterator[Row]:
+        """Do every round that is not on disk yet; gives each round's line of rounds.jsonl."""
+        rows: list[Row] = []
+        for number in range(1, self.rounds + 1):
+            rows.append(self._round(number))
+            write_jsonl(self.out / "rounds.jsonl", rows)
+            write_json(self.out / "online.section.json", section(rows))
+            yield rows[-1]
+
+    def policy(self, number: int) -> Policy:
+        """The policy after round `number`; 0 is before the first."""
+        learning = self.learning
+        if number == 0:
+            policy = load_policy(
+                learning.model,
+                adapter=learning.adapter,
+                device=self.accelerator.device,
+                seed=learning.settings.seed,
+            )
+            return policy if policy.adapter else policy.with_frozen_copy()
+        policy = load_policy(self._folder(number) / "policy", device=self.accelerator.device)
+        if policy.adapter:
+            return policy
+        frozen = load_policy(learning.model, device=self.accelerator.device).base
+        return replace(policy, frozen=frozen.requires_grad_(False))
+
+    def _round(self, number: int) -> Row:
+        folder = self._folder(number)
+        folder.mkdir(exist_ok=True)
+        if not (folder / "policy").is_dir():
+            self._collect_and_train(number, folder)
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # of no use next to the policy
+        if not (folder / "evaluation.json").exists():
+            self.on_stage(number, "evaluate")
+            compare(
+                self.policy(number),
+                self.measuring.prompts,
+                self.asking.reward,
+                folder,
+                self.measuring.draw,
+            )
+        return self._row(number, folder)
+
+    def _collect_and_train(self, number: int, folder: Path) -> None:
+        policy = self.policy(number - 1)
+        pairs = folder / "pairs.jsonl"
+        if not pairs.exists():
+            write_jsonl(pairs, map(data.as_row, self._pairs(number, folder, policy)))
+        self.on_stage(number, "train")
+        learning = self.learning
+        prepared = prepare(data.read(pairs), policy, learning.objective, learning.handling)
+        seed = derived_seed(learning.settings.seed, "order", number)
+        training = Training(
+            policy=policy,
+            objective=learning.objective,
+            settings=replace(learning.settings, seed=seed),
+            accelerator=self.accelerator,
+            out=folder,
+            reference=learning.reference,
+        )
+        training(prepared.rows)
+        self.accelerator.free_memory()
+
+    def _pairs(self, number: int, folder: Path, policy: Policy) -> list[Comparison]:
+        """What the round trains on: sampled, scored, selected, paired."""
+        asking, source = self.asking, self.asking.source(number)
+        seed = derived_seed(asking.seed, "round", number)
+        draw = Draw(n=source.answers, settings=asking.drawing, seed=seed, sampler=source.sampler)
+        self.on_stage(number, "sample")
+        answered = sample_to_file(policy, asking.prompts, folder, draw)
+        self.on_stage(number, "score")
+        score_to_file(answered, asking.reward, folder)
+        if not (folder / "selection.json").exists():
+            self.on_stage(number, "select")
+            select(folder / "scored.jsonl", folder, asking.rule, asking.cut)
+        kept = [row for row in data.iterate(folder / "selected.jsonl") if row.weight > 0]
+        pairs = [pair for row in kept for pair in source.pairing(row, seed)]
+        if not pairs:
+            raise UserError(
+                f"round {number}: none of the {len(kept)} selected prompts has a pair to compare; "
+                "sample more answers, or lower the threshold"
+            )
+        return pairs
+
+    def _row(self, number: int, folder: Path) -> Row:
+        """The line of rounds.jsonl: what was asked, and what came of it."""
+        evaluation = read_json(folder / "evaluation.json")
+        *_, last = read_jsonl(folder / "metrics.jsonl")
+        before, after = evaluation["reward_kl"]
+        named = {row["name"]: row for row in evaluation["result"]}
+        wins = named["win rate against the reference"]
+        scored = [row.scores or () for row in data.iterate(folder / "scored.jsonl")]
+        flat = [score for scores in scored for score in scores]
+        displacement = {name: last[name] for name in last if name.startswith("displacement/")}
+        return {
+            "round": number,
+            "source": repr(self.asking.source(number).sampler),
+            "answers": len(flat),
+            "labels": sum(1 for _ in read_jsonl(folder / "pairs.jsonl")),
+            "reward_of_answers": sum(flat) / len(flat),
+            "reward": after["reward"],
+            "reward_se": after["reward_se"],
+            "reference_reward": before["reward"],
+            "reference_reward_se": before["reward_se"],
+            "kl": after["kl"],
+            "kl_se": after["kl_se"],
+            "win_rate": wins["value"],
+            "win_rate_low": wins["low"],
+            "win_rate_high": wins["high"],
+            **displacement,
+        }
+
+    def _folder(self, number: int) -> Path:
+        return self.out / f"round-{number}"
+
+
+def _cached(model: Any, rows: Sequence[Tokenized], settings: TrainSettings) -> Reference:
+    return cached_reference(
+        Scorer(model, token_budget=settings.token_budget),
+        rows,
+        path=cache_folder() / "reference",
+        identity=model_identity(model),
+    )

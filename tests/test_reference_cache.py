@@ -1,6 +1,5 @@
 """The reference on disk: the numbers of the model, found by content, whatever happened before."""
 
-from dataclasses import replace
 
 import pytest
 import tiny

@@ -13,7 +13,7 @@ from prefloop.logps import attention
 from prefloop.logps.head import LogpsOf, computing_dtype, exact
 from prefloop.logps.layout import lay, table_shape
 from prefloop.logps.ways import FullLogits, PrefixShared, Way, causal_model
-from prefloop.types import Tokenized
+from prefloop.types import Tokenized, UserError
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 CHECKED_TOKENS = 1024  # rows up to this long are preferred for the check
@@ -22,16 +22,14 @@ REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 
 def difference(
     model: nn.Module, way: Way, head: LogpsOf, batch: Sequence[Tokenized]
-) -> tuple[float, float]:
-    """How far `way` is from the model's own logits: (root mean square, largest), nats a token.
+) -> Float[Tensor, " M"]:
+    """How far `way` is from the model's own logits, in nats, for each response token looked at.
 
     Looks at one or two comparisons of `batch`; leaves training mode and random state as they were.
     """
     rows = _sample(batch)
     with undisturbed(model):
-        expected = flat_logps(model, FullLogits(), exact, rows)
-        gap = flat_logps(model, way, head, rows) - expected
-    return float(gap.square().mean().sqrt()), float(gap.abs().max())
+        return flat_logps(model, way, head, rows) - flat_logps(model, FullLogits(), exact, rows)
 
 
 def suitable(
@@ -46,8 +44,8 @@ def suitable(
     found: list[str] = []
     for way in ways[:-1]:
         try:
-            gap, _ = difference(model, way, head, batch)
-        except torch.OutOfMemoryError:
+            gap = float(difference(model, way, head, batch).square().mean().sqrt())
+        except (UserError, torch.OutOfMemoryError):
             raise
         except REFUSALS as error:
             reason = (str(error).splitlines() or [""])[0]

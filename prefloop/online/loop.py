@@ -1,4 +1,4 @@
-"""The rounds of online training, on disk; every stage of every round can be killed and gone on with.
+"""The rounds of online training, on disk; each stage can be killed and gone on with.
 
 out/round-R/responses.jsonl, scored.jsonl   answers, and their scores
 out/round-R/selected.jsonl, selection.json  which prompts are worth a label

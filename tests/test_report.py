@@ -374,6 +374,15 @@ def test_the_command_refuses_what_is_no_run(words, message, tmp_path, monkeypatc
     assert not list(tmp_path.rglob("*.html"))
 
 
+def test_the_section_in_the_docs_is_one_that_can_be_shown(tmp_path):
+    docs = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    section = json.loads(docs.split("```json")[1].split("```")[0])
+    page = Page(report([only(tmp_path, types__section=section)]))
+    assert "Annotator types" in page.text
+    assert "warm 41.0 % [33.0 %, 49.0 %]" in page.text
+    assert page.tags.count("figure") == 4
+
+
 SERIES = {"name": "s", "x": [1, 2], "y": [1, 2]}
 
 

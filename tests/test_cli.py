@@ -285,3 +285,19 @@ def test_a_comparison_of_weight_zero_is_not_trained_on(model, tmp_path, capsys):
     write_jsonl(tmp_path / "d.jsonl", rows)
     assert train(model, tmp_path / "d.jsonl", tmp_path / "run", "--held-out-share", "0") == 0
     assert "8 comparisons (4 not selected left out)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("solver", ["Hinge()", "OneStepFirstOrder()", "Adaptive()"])
+def test_training_may_be_kept_to_the_region_that_sft_allows(model, tmp_path, solver):
+    data = comparisons(tmp_path / "data.jsonl")
+    assert train(model, data, tmp_path / "run", "--stable", solver) == 0
+    logged = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in row]
+    assert all("stable/excess" in row for row in logged)
+
+
+def test_the_region_may_be_part_of_the_objective(model, tmp_path):
+    data = comparisons(tmp_path / "data.jsonl")
+    plain = "Stable(objective=DPO(beta=0.1), pull=ConstantPull(lam=0.0))"
+    assert train(model, data, tmp_path / "stable", "--objective", plain) == 0
+    assert train(model, data, tmp_path / "dpo", "--objective", "DPO(beta=0.1)") == 0
+    assert same(weights(tmp_path / "stable"), weights(tmp_path / "dpo"))

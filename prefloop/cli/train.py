@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from prefloop.objectives import Objective
     from prefloop.policies import Policy
-    from prefloop.trainer.loop import Metrics
+    from prefloop.trainer.loop import Gradient, Metrics
     from prefloop.training import Prepared
     from prefloop.types import Tokenized
 
@@ -30,6 +30,9 @@ class Train:
     """Run folder; refused if it holds a run."""
     objective: str = "DPO(beta=0.1)"
     """What is minimised, written as its own repr; docs/objectives.md lists them."""
+    stable: str = ""
+    """Keep to the region that SFT allows, by a solver of Stable Preference Optimization: Hinge(),
+    Penalty(lam=0.2), OneStep(), OneStepFirstOrder(), Alternating(), Adaptive(); "" for none."""
     held_out: Path | None = None
     """Comparisons to evaluate on, never trained on."""
     held_out_share: float = 0.1
@@ -64,14 +67,12 @@ class Train:
         """Check everything, then train, then say what came out."""
         from prefloop.cli import settings
         from prefloop.cli.console import progress
-        from prefloop.expression import parse
-        from prefloop.objectives import ALL
         from prefloop.runs import start_run
         from prefloop.trainer.build import accelerator_for
         from prefloop.trainer.loop import total_steps
         from prefloop.training import Training, carry_selection
 
-        objective = parse(self.objective, ALL)
+        objective, gradient = self._minimised()
         accelerator = accelerator_for(self.trackers, self.out, self.precision)
         policy = self._policy(accelerator.device)
         rows, held_out = self._rows(policy, objective)
@@ -90,12 +91,25 @@ class Train:
                 settings=self.loop,
                 accelerator=accelerator,
                 out=self.out,
+                gradient=gradient,
                 on_step=lambda done: bar(done.step),
             )
             metrics = training(rows.rows, held_out)
         accelerator.end_training()
         if accelerator.is_main_process:
             _say(self.out, metrics)
+
+    def _minimised(self) -> tuple["Objective", "Gradient"]:
+        """The objective, and how its gradient is computed."""
+        from prefloop.expression import parse
+        from prefloop.objectives import ALL
+        from prefloop.stable import OBJECTIVES, SOLVERS, StableGradient
+        from prefloop.trainer import backward
+
+        objective = parse(self.objective, (*ALL, *OBJECTIVES))
+        if not self.stable:
+            return objective, backward
+        return objective, StableGradient(solver=parse(self.stable, SOLVERS))
 
     def _policy(self, device: "torch.device") -> "Policy":
         import torch

@@ -29,7 +29,24 @@ from prefloop.stable.solvers import (
 )
 from prefloop.stable.training import StableGradient
 
+OBJECTIVES: tuple[type, ...] = (Stable, SafeRegion, SafeRegionEach, ConstantPull)
+"""What an objective may be written with on the command line, besides the objectives."""
+
+SOLVERS: tuple[type, ...] = (
+    Hinge,
+    Penalty,
+    OneStep,
+    OneStepFirstOrder,
+    Alternating,
+    Adaptive,
+    ExactProduct,
+    DifferenceProduct,
+)
+"""Every solver, and the Hessian products of `OneStep`, for the command line."""
+
 __all__ = [
+    "OBJECTIVES",
+    "SOLVERS",
     "Adaptive",
     "Alternating",
     "Bilevel",

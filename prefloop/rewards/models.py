@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
+from jaxtyping import Int
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -21,6 +24,13 @@ from prefloop.policies.policy import evaluating
 from prefloop.rewards.scoring import Prompt
 from prefloop.types import Comparison, Logps, Tokenized
 from prefloop.types import score as logps_of
+
+
+class Text(NamedTuple):
+    """What a reward model reads: tokens, and which of a pair of sequences each belongs to."""
+
+    ids: list[int]
+    types: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +62,7 @@ class RewardModel:
             for text in texts
         ]
         values = [0.0] * len(flat)
-        order = sorted(range(len(flat)), key=lambda index: len(flat[index]))
+        order = sorted(range(len(flat)), key=lambda index: len(flat[index].ids))
         for start in range(0, len(order), self.rows):
             batch = order[start : start + self.rows]
             rewards = self._forward([flat[index] for index in batch])
@@ -61,50 +71,55 @@ class RewardModel:
         given = iter(values)
         return [tuple(next(given) for _ in texts) for texts in responses]
 
-    def _tokens(self, prompt: Prompt, response: str) -> list[int]:
+    def _tokens(self, prompt: Prompt, response: str) -> Text:
         if self.tokenizer.chat_template is not None:
             opening = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
             messages = [*map(dict, opening), {"role": "assistant", "content": response}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-            ids = self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
+            read = self.tokenizer(str(text), add_special_tokens=False)
         elif not isinstance(prompt, str):
             raise UserError(
                 "the prompt is chat messages, and the reward model's tokenizer has no chat "
                 "template. Take a reward model for chats, or write the prompt as text"
             )
         elif self.tokenizer.sep_token_id is not None:
-            ids = self.tokenizer(prompt, response)["input_ids"]
+            read = self.tokenizer(prompt, response)
         else:
-            ids = self.tokenizer(prompt + response)["input_ids"]
+            read = self.tokenizer(prompt + response)
+        ids = read["input_ids"]
         limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
         if limit is not None and len(ids) > limit:
             raise UserError(
                 f"the reward model reads at most {limit} tokens; response {response[:40]!r} has "
                 f"{len(ids)} with its prompt. Shorten it, or take another reward model"
             )
-        return list(ids)
+        return Text(list(ids), list(read.get("token_type_ids", [0] * len(ids))))
 
-    def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
+    def _forward(self, texts: Sequence[Text]) -> list[float]:
+        named = self.model.config.pad_token_id
+        width = max(len(text.ids) for text in texts)
         # The classifier finds the last token of a row by its padding id. Where it names none, any
         # id that occurs in no row will do; the end token, a usual choice, would be skipped.
-        pad = self.model.config.pad_token_id
-        if pad is None:
-            pad = min(set(range(len(rows) + max(map(len, rows)) + 1)) - set().union(*rows))
-        width = max(map(len, rows))
-        tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(width) < lengths.unsqueeze(-1)).long()
-        logits = self._padded_with(pad, tokens, mask)
-        return logits.float().squeeze(-1).tolist()
-
-    def _padded_with(self, pad: int, tokens: Tensor, mask: Tensor) -> Tensor:
-        named = self.model.config.pad_token_id
+        used = {token for text in texts for token in text.ids}
+        pad = min(set(range(len(used) + 1)) - used) if named is None else named
+        given = {
+            "input_ids": _padded([text.ids for text in texts], width, pad),
+            "attention_mask": _padded([[1] * len(text.ids) for text in texts], width, 0),
+        }
+        if "token_type_ids" in signature(self.model.forward).parameters:
+            given["token_type_ids"] = _padded([text.types for text in texts], width, 0)
         self.model.config.pad_token_id = pad
         try:
-            device = self.model.device
-            return self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
+            logits = self.model(**{key: rows.to(self.model.device) for key, rows in given.items()})[
+                0
+            ]
         finally:
             self.model.config.pad_token_id = named
+        return logits.float().squeeze(-1).tolist()
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Int[Tensor, "R L"]:
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
 def load_reward_model(

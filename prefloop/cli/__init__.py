@@ -21,6 +21,8 @@ COMMANDS = {
     "select": "Choose the prompts that are worth a label.",
     "train": "Train a policy on comparisons.",
     "online": "Rounds of sample, score, select and train.",
+    "mixture": "Find types of annotators who disagree, and train a policy for each.",
+    "aggregate": "One policy from the types of a mixture, fair to the worst-off.",
     "evaluate": "Compare a trained policy with its reference.",
     "report": "Write one self-contained HTML page from run folders.",
     "reproduce": "Check a paper's claims exactly, in the tabular world.",

@@ -1,0 +1,161 @@
+"""`prefloop mixture`: votes with annotators -> a policy for each type of annotator."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from prefloop.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from prefloop.em import Round
+    from prefloop.mixture import Fitted, MixtureTraining
+    from prefloop.policies import Policy
+    from prefloop.types import Tokenized
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Find types of annotators who disagree, and train a policy for each (EM-DPO)."""
+
+    model: str
+    """Hugging Face name or folder of the policy that every type starts from."""
+    data: Path
+    """Judgements with annotators: pairs, best of several, rankings, in any mix."""
+    out: Path
+    """Run folder; refused if it holds a run."""
+    types: int = 2
+    """Types of annotators; 1 is plain training on everybody. --auto tries 1 to this many."""
+    auto: bool = False
+    """Choose the number of types by the likelihood of held-out judgements."""
+    folds: int = 2
+    """Parts that --auto divides each annotator's judgements into; each is held out once."""
+    rounds: int = 5
+    """Rounds of EM; 1 with Clusters() is cluster-then-DPO."""
+    start: str = "Clusters()"
+    """Who is of which type at first: Clusters(), Dirichlet(), Given(path="gamma.jsonl")."""
+    restarts: int = 1
+    """Starts with seeds of their own; that of the highest likelihood is kept."""
+    warm: bool = False
+    """Train each type on from the round before; otherwise each round starts from --model."""
+    crossfit: bool = False
+    """Train on half of each annotator's judgements, score the other, swap; for random starts."""
+    annotator_missing: Literal["refuse", "own"] = "refuse"
+    """What happens to rows without an annotator: own makes each an annotator of its own."""
+    allow_unidentified: bool = False
+    """Go on with one binary judgement an annotator, which cannot tell types apart."""
+    objective: str = "PlackettLuce(beta=0.1)"
+    """Minus the log-likelihood of a judgement: PlackettLuce, BestOfN, TopK, or DPO on pairs."""
+    lora_rank: int = 16
+    """Rank of each type's adapter; 0 trains a whole model a type."""
+    lora_alpha: float = 32.0
+    """Scale of the adapter, divided by its rank."""
+    max_length: int = 0
+    """Most tokens of a prompt and its response; 0 is the model's context."""
+    overlong: Literal["refuse", "drop", "truncate"] = "refuse"
+    """What happens to longer rows."""
+    empty: Literal["refuse", "drop"] = "refuse"
+    """What happens to rows with an empty response."""
+    columns: tuple[str, ...] = ()
+    """Other names of columns, new=old: annotator=worker."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; auto: bfloat16 for the frozen base of an adapter on a GPU, else float32."""
+    loop: Annotated[TrainSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainSettings)
+    resume: bool = False
+    """Go on with the run in --out from where it stopped."""
+
+    def __call__(self) -> None:
+        """Check everything, then run EM, then say who is of which type."""
+        from prefloop.cli import settings
+        from prefloop.expression import parse
+        from prefloop.mixture import (
+            STARTS,
+            MixtureTraining,
+            Votes,
+            choose_types,
+            refuse_unlearnable,
+        )
+        from prefloop.mixture import Mixture as EM
+        from prefloop.mixture.steps import refuse_no_likelihood
+        from prefloop.objectives import ALL
+        from prefloop.runs import start_run
+        from prefloop.trainer.build import accelerator_for
+
+        objective, start = parse(self.objective, ALL), parse(self.start, STARTS)
+        refuse_no_likelihood(objective)
+        em = EM(
+            types=self.types,
+            rounds=self.rounds,
+            warm=self.warm,
+            crossfit=self.crossfit,
+            seed=self.loop.seed,
+        )
+        accelerator = accelerator_for((), self.out, "no")
+        policy = self._policy(accelerator.device)
+        rows = self._rows(policy, objective)
+        refuse_unlearnable(Votes.of(rows), self.types, self.allow_unidentified)
+        start_run(self.out, "mixture", settings(self), self.resume)
+        training = MixtureTraining(
+            policy=policy,
+            objective=objective,
+            settings=self.loop,
+            mixture=em,
+            start=start,
+            restarts=self.restarts,
+            allow_unidentified=self.allow_unidentified,
+            accelerator=accelerator,
+            out=self.out,
+            on_round=_say_round,
+        )
+        if self.auto:
+            training = choose_types(training, rows, self.folds, print)
+        _say(training, training(rows))
+
+    def _policy(self, device: "torch.device") -> "Policy":
+        import torch
+
+        from prefloop.policies import Lora, load_policy
+
+        adapter = Lora(rank=self.lora_rank, alpha=self.lora_alpha) if self.lora_rank else None
+        dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        return load_policy(
+            self.model, adapter=adapter, dtype=dtype, device=device, seed=self.loop.seed
+        )
+
+    def _rows(self, policy: "Policy", objective: object) -> list["Tokenized"]:
+        from prefloop import data
+        from prefloop.mixture import with_annotators
+        from prefloop.training import Handling, prepare
+
+        found = data.read(self.data, data.parse_columns(self.columns))
+        handling = Handling(
+            pairs="all",
+            max_length=self.max_length or None,
+            overlong=data.Overlong(self.overlong),
+            empty=data.Empty(self.empty),
+        )
+        named = with_annotators(found, self.annotator_missing)
+        prepared = prepare(named, policy, objective, handling)  # pyright: ignore[reportArgumentType] - checked before
+        print(f"{prepared}")
+        return prepared.rows
+
+
+def _say_round(done: "Round") -> None:
+    from prefloop.em import type_shares
+
+    loglik = float(done.belief.evidence.sum())
+    shares = " ".join(f"{share:.3f}" for share in type_shares(done.belief.responsibilities))
+    print(f"round {done.number + 1}: log-likelihood {loglik:.2f}, shares {shares}", flush=True)
+
+
+def _say(training: "MixtureTraining", fitted: "Fitted") -> None:
+    likeliest = fitted.gamma.argmax(-1)
+    for number, share in enumerate(fitted.shares.tolist(), 1):
+        count = int((likeliest == number - 1).sum())
+        died = "; it died: nobody is left in it" if number in fitted.dead else ""
+        print(f"type {number}: share {share:.3f}, {count} annotators{died}")
+    print(f"policies: {training.out}/policy-1 to policy-{training.mixture.types}")
+    print(f"next: prefloop aggregate --run {training.out} --data PROMPTS --out AGGREGATE")

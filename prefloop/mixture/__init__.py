@@ -1,0 +1,27 @@
+"""EM over hidden annotator types around the trainer: one policy a type, on one base model."""
+
+from prefloop.mixture.choosing import choose_types
+from prefloop.mixture.rounds import Fitted, Mixture, run_em
+from prefloop.mixture.starts import STARTS, Clusters, Dirichlet, Given, Start
+from prefloop.mixture.steps import LIKELIHOODS, Steps
+from prefloop.mixture.training import MixtureTraining
+from prefloop.mixture.votes import Votes, informative, refuse_unlearnable, with_annotators
+
+__all__ = [
+    "LIKELIHOODS",
+    "STARTS",
+    "Clusters",
+    "Dirichlet",
+    "Fitted",
+    "Given",
+    "Mixture",
+    "MixtureTraining",
+    "Start",
+    "Steps",
+    "Votes",
+    "choose_types",
+    "informative",
+    "refuse_unlearnable",
+    "run_em",
+    "with_annotators",
+]

@@ -1,0 +1,139 @@
+"""Votes and a language model -> a run folder with one policy a type.
+
+RUN/mixture.json             shares, likelihood, which start won, which types died
+RUN/policy-1 ... policy-K    loadable by plain transformers or peft
+RUN/responsibilities.jsonl   a line an annotator: probability of each type
+RUN/rounds.jsonl             a line a round
+RUN/round-1/type-1/ ...      metrics of each training; under RUN/start-1/ with several starts
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+
+from prefloop import em
+from prefloop.logps.layout import buckets, response_mask
+from prefloop.logps.scorer import hidden_sums
+from prefloop.mixture.rounds import RESPONSIBILITIES, ROUNDS, Fitted, Mixture, run_em
+from prefloop.mixture.sections import mixture_section
+from prefloop.mixture.starts import Clusters, Start
+from prefloop.mixture.steps import Likelihood, Steps, refuse_long_pairs
+from prefloop.mixture.votes import Votes, refuse_unlearnable
+from prefloop.policies import Policy
+from prefloop.policies.policy import evaluating
+from prefloop.runs import write_json
+from prefloop.settings import TrainSettings
+from prefloop.trainer import Progress
+from prefloop.training import reference_of
+from prefloop.types import Tokenized
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureTraining:
+    """EM over annotator types of one language model, up to its votes.
+
+    Attributes:
+        policy: what every type starts from; its adapter, or the whole of it, is trained.
+        objective: a likelihood of judgements, see `steps.LIKELIHOODS`.
+        settings: the numbers of each M-step.
+        mixture: the numbers of EM.
+        start: who is of which type at first.
+        restarts: how many starts with seeds of their own; that of the highest likelihood is kept.
+        allow_unidentified: go on with one binary judgement an annotator.
+        accelerator: devices and processes.
+        out: the run folder.
+        on_step, on_round: called after every optimizer step and every round.
+    """
+
+    policy: Policy
+    objective: Likelihood
+    settings: TrainSettings
+    mixture: Mixture
+    start: Start = field(default_factory=Clusters)
+    restarts: int = 1
+    allow_unidentified: bool = False
+    accelerator: Accelerator
+    out: Path
+    on_step: Callable[[Progress], None] = lambda progress: None
+    on_round: Callable[[em.Round], None] = lambda done: None
+
+    def __call__(self, rows: Sequence[Tokenized]) -> Fitted:
+        """Find the types of the annotators of `rows`, and save a policy for each."""
+        votes = Votes.of(rows)
+        refuse_unlearnable(votes, self.mixture.types, self.allow_unidentified)
+        refuse_long_pairs(self.objective, votes.rows)
+        steps = self.steps(votes)
+        runs = []
+        for number in range(self.restarts):
+            mixture = replace(self.mixture, seed=self.mixture.seed + number)
+            folder = self.out if self.restarts == 1 else self.out / f"start-{number + 1}"
+            start = self.start(votes, mixture.types, mixture.seed, self.features)
+            runs.append(run_em(steps, votes, mixture, start, folder, self.on_round))
+        best = max(range(len(runs)), key=lambda index: runs[index].loglik)
+        self._keep(steps, votes, runs[best], best)
+        return runs[best]
+
+    def steps(self, votes: Votes) -> Steps:
+        """What trains and scores; the reference is scored here, once for all rounds and types."""
+        self.policy.model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType] - overloads
+        return Steps(
+            make_scorer=lambda: self.policy.scorer(None),
+            objective=self.objective,
+            reference=reference_of(self.policy, votes.rows, self.settings),
+            settings=self.settings,
+            accelerator=self.accelerator,
+            on_step=self.on_step,
+        )
+
+    @torch.no_grad()
+    def features(self, rows: Sequence[Tokenized]) -> Float[Tensor, "B N D"]:
+        """Mean last hidden state of each response under the policy, and the log of its length."""
+        scorer = self.policy.scorer(None)
+        length = response_mask(rows).sum(-1, keepdim=True)  # (B, N, 1)
+        sums: list[Tensor] = [torch.empty(0)] * len(rows)
+        with evaluating(self.policy.model):
+            for part in buckets(rows, self.settings.token_budget):
+                states = hidden_sums(scorer, [rows[index] for index in part]).cpu()
+                for place, index in enumerate(part):
+                    sums[index] = states[place]
+        table = torch.zeros(*length.shape[:2], sums[0].shape[-1])
+        for index, states in enumerate(sums):
+            table[index, : len(states)] = states
+        return torch.cat([table / length.clamp(min=1), length.clamp(min=1).log()], -1)
+
+    def _keep(self, steps: Steps, votes: Votes, fitted: Fitted, chosen: int) -> None:
+        for number in range(1, self.mixture.types + 1):
+            steps.put_file(fitted.weights(number))
+            if self.accelerator.is_main_process:
+                self.policy.save(self.out / f"policy-{number}")
+        steps.put(steps.origin)
+        if fitted.folder != self.out:
+            for name in (RESPONSIBILITIES, ROUNDS):
+                shutil.copyfile(fitted.folder / name, self.out / name)
+        write_json(self.out / "mixture.section.json", mixture_section(fitted, votes))
+        write_json(self.out / "mixture.json", self.summary(fitted, votes, chosen))
+
+    def summary(self, fitted: Fitted, votes: Votes, chosen: int) -> dict[str, Any]:
+        """What mixture.json says."""
+        return {
+            "types": self.mixture.types,
+            "policies": [f"policy-{number}" for number in range(1, self.mixture.types + 1)],
+            "shares": fitted.shares.tolist(),
+            "dead": fitted.dead,
+            "loglik": fitted.loglik,
+            "loglik_per_judgement": fitted.loglik / max(1, fitted.scored),
+            "annotators": len(votes.names),
+            "judgements": len(votes.rows),
+            "rounds": len(fitted.history),
+            "start": chosen + 1,
+            "beta": self.objective.beta,
+            "objective": repr(self.objective),
+            "model": self.policy.name,
+        }

@@ -15,13 +15,18 @@ from accelerate import Accelerator
 
 from prefloop import online
 from prefloop.cli import main
+from prefloop.collecting import Draw
 from prefloop.errors import UserError
 from prefloop.objectives import DPO, SoftLabelDPO
 from prefloop.online.loop import Online
 from prefloop.online.section import section
+from prefloop.policies import Sampling
 from prefloop.report.section_json import read_section
+from prefloop.rewards import Brevity
 from prefloop.runs import read_json, read_jsonl, write_json, write_jsonl
 from prefloop.samplers import BestWorst, FromReference, Hybrid, Mixture, Tilted
+from prefloop.selection import PVar
+from prefloop.settings import TrainSettings
 from prefloop.types import Comparison, Judgement, Logps
 
 WORDS = "--lr 0.02 --batch-size 4 --epochs 2 --lora-rank 2 --max-new-tokens 5 --save-every 1"
@@ -185,13 +190,8 @@ def test_a_run_stopped_within_a_stage_ends_in_the_same_files(whole, model, promp
     assert files(out) == files(whole)
 
 
-KILLS = (
-    "round-1/checkpoint/step-*/state.json",
-    pytest.param("round-2/scored.jsonl", marks=pytest.mark.slow),
-)
-
-
-@pytest.mark.parametrize("sign", KILLS)
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", ["round-1/checkpoint/step-*/state.json", "round-2/scored.jsonl"])
 def test_a_run_killed_without_warning_ends_in_the_same_files(sign, whole, model, prompts, tmp_path):
     out = tmp_path / "run"
     line = words(model, prompts, out, "--recipe tilted --budget 5")
@@ -309,12 +309,27 @@ def test_a_round_without_a_pair_is_refused(model, prompts, tmp_path, capsys):
     assert "has a pair to compare" in capsys.readouterr().err
 
 
+SOURCE = online.source_of(Hybrid(), 2)
+ASKING = online.Asking(
+    prompts=[], reward=Brevity(), first=SOURCE, later=SOURCE, drawing=Sampling(), rule=PVar()
+)
+LEARNING = online.Learning(model="m", adapter=None, objective=DPO(), settings=TrainSettings())
+MEASURING = online.Measuring(prompts=[], draw=Draw(n=1, settings=Sampling(), seed=0))
+
+
 def test_several_processes_are_refused(tmp_path):
     class Two(Accelerator):
         num_processes = 2  # type: ignore[assignment]
 
     with pytest.raises(UserError, match="one process"):
-        Online(None, None, None, 1, Two(), tmp_path)  # type: ignore[arg-type]
+        Online(
+            asking=ASKING,
+            learning=LEARNING,
+            measuring=MEASURING,
+            rounds=1,
+            accelerator=Two(),
+            out=tmp_path,
+        )
 
 
 def test_a_section_survives_a_round_without_displacement(tmp_path):

@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "Score sampled answers with a reward.",
     "select": "Choose the prompts that are worth a label.",
     "train": "Train a policy on comparisons.",
+    "label": "Rank answers by hand, on a local page.",
     "online": "Rounds of sample, score, select and train.",
     "mixture": "Find types of annotators who disagree, and train a policy for each.",
     "aggregate": "One policy from the types of a mixture, fair to the worst-off.",

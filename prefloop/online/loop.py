@@ -33,7 +33,7 @@ from prefloop.policies.sampling import derived_seed
 from prefloop.rewards import Reward
 from prefloop.runs import cache_folder, read_json, read_jsonl, write_json, write_jsonl
 from prefloop.selecting import Cut, select
-from prefloop.selection import PVar, Rule
+from prefloop.selection import Rule
 from prefloop.settings import TrainSettings
 from prefloop.trainer.loop import Reference
 from prefloop.training import Handling, Training, prepare
@@ -82,7 +82,7 @@ class Asking:
     first: Source
     later: Source
     drawing: Sampling
-    rule: Rule = field(default_factory=PVar)
+    rule: Rule
     cut: Cut = field(default_factory=lambda: Cut(fraction=1.0))
     seed: int = 0
 

@@ -8,10 +8,21 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "Comparison": "types",
-    "Logps": "types",
-    "Pair": "types",
-    "UserError": "types",
+    name: home
+    for home, names in {
+        "data": "read tokenize",
+        "errors": "UserError",
+        "logps": "Scorer cached_reference",
+        "objectives": "DPO IPO KTO ORPO PlackettLuce SFT SimPO",
+        "policies": "Lora Policy Sampling load_policy",
+        "report": "write_report",
+        "selection": "PVar preference_variance",
+        "settings": "TrainSettings",
+        "stable": "Stable StableGradient",
+        "trainer": "Trainer build_trainer fit",
+        "types": "Comparison Judgement Logps Pair Tokenized",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = sorted([*_HOME, "__version__"])

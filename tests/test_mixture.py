@@ -1,9 +1,6 @@
 """EM around the trainer: what it must equal, what it must find, what it refuses."""
 
-import json
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny
@@ -12,7 +9,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from prefloop import em
-from prefloop.cli import main
 from prefloop.mixture import (
     Clusters,
     Dirichlet,
@@ -20,7 +16,6 @@ from prefloop.mixture import (
     Mixture,
     Steps,
     Votes,
-    choose_types,
     refuse_unlearnable,
     run_em,
     with_annotators,
@@ -29,14 +24,15 @@ from prefloop.mixture.rounds import LOGLIK
 from prefloop.mixture.starts import vote_means
 from prefloop.mixture.steps import refuse_long_pairs, refuse_no_likelihood
 from prefloop.objectives import DPO, IPO, PlackettLuce
-from prefloop.report import write_report
-from prefloop.runs import read_json, read_jsonl, write_jsonl
+from prefloop.runs import read_jsonl, write_jsonl
 from prefloop.settings import TrainSettings
 from prefloop.tabular import TabularPolicy, comparison_rows
 from prefloop.types import Comparison, UserError, score
 
 ITEMS = 6
-SETTINGS = TrainSettings(lr=0.1, batch_size=64, epochs=12, warmup=0.0, max_grad_norm=1e9)
+SETTINGS = TrainSettings(
+    lr=0.2, batch_size=512, epochs=10, warmup=0.0, max_grad_norm=1e9, save_every=5
+)
 
 
 def planted(annotators: int = 24, votes: int = 12, seed: int = 0) -> tuple[Votes, torch.Tensor]:
@@ -60,11 +56,11 @@ def items(rows) -> torch.Tensor:
     return torch.nn.functional.one_hot(shown, ITEMS).double()
 
 
-def tabular_steps(settings: TrainSettings = SETTINGS, objective=PlackettLuce(beta=1.0)) -> Steps:
+def tabular_steps(settings: TrainSettings = SETTINGS) -> Steps:
     frozen, policy = (TabularPolicy(torch.zeros(1, ITEMS)) for _ in range(2))
     return Steps(
         make_scorer=lambda: policy,
-        objective=objective,
+        objective=PlackettLuce(beta=1.0),
         reference=lambda batch: score(frozen, batch).detach(),
         settings=settings,
         accelerator=Accelerator(cpu=True),

@@ -158,4 +158,4 @@ def _say(training: "MixtureTraining", fitted: "Fitted") -> None:
         died = "; it died: nobody is left in it" if number in fitted.dead else ""
         print(f"type {number}: share {share:.3f}, {count} annotators{died}")
     print(f"policies: {training.out}/policy-1 to policy-{training.mixture.types}")
-    print(f"next: prefloop aggregate --run {training.out} --data PROMPTS --out AGGREGATE")
+    print(f"next: prefloop aggregate {training.out} --data PROMPTS --out AGGREGATE")

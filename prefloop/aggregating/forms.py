@@ -1,0 +1,165 @@
+"""What a mixture of policies can be: a draw of one type a prompt, or a pool of logits.
+
+A form is a function (types, prompts, weights, settings, seed) -> one answer a prompt.
+To add one: the function, and its name in `FORMS`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+
+from prefloop.aggregate import choose_policy, geometric
+from prefloop.aggregating.loading import Types
+from prefloop.objectives.family import log_ratio
+from prefloop.policies import Policy, Sampling
+from prefloop.policies.policy import evaluating
+from prefloop.policies.readers import Reader, adapters_by_row
+from prefloop.policies.sampling import derived_seed, race, sample, warp
+from prefloop.settings import TrainSettings
+from prefloop.trainer.loop import Metrics
+from prefloop.training import Training
+from prefloop.types import Judgement, Logps, PerComparison, PerResponse, Tokenized, UserError
+
+Prompts = Sequence[Sequence[int]]
+Tokens = tuple[int, ...]
+
+
+def draw_one_type(
+    types: Types, prompts: Prompts, weights: Float[Tensor, " K"], settings: Sampling, seed: int
+) -> list[Tokens]:
+    """Draw k ~ weights once a prompt and let type k answer: exact for sum_k w_k pi_k(y|x)."""
+    rng = torch.Generator().manual_seed(derived_seed(seed, "type"))
+    chosen = choose_policy(weights, len(prompts), rng).tolist()
+    answers: list[Tokens] = [()] * len(prompts)
+    for index in sorted(set(chosen)):
+        places = [place for place, one in enumerate(chosen) if one == index]
+        asked = [prompts[place] for place in places]
+        drawn = sample(types.use(index), asked, 1, settings, seed)
+        for place, found in zip(places, drawn, strict=True):
+            answers[place] = found[0].tokens
+    return answers
+
+
+def pool_logits(
+    types: Types, prompts: Prompts, weights: Float[Tensor, " K"], settings: Sampling, seed: int
+) -> list[Tokens]:
+    """Answer from pi_ref prod_k (pi_k / pi_ref)^w_k, pooled token by token.
+
+    Over whole answers that policy is pi_ref exp(sum_k w_k h_k / beta): rewards are averaged. Token
+    by token it is the usual approximation.
+    """
+    return [
+        _pooled(types, prompt, weights, settings, derived_seed(seed, place, "pool"))
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+FORMS: dict[str, Callable[[Types, Prompts, Tensor, Sampling, int], list[Tokens]]] = {
+    "draw": draw_one_type,
+    "geometric": pool_logits,
+}
+"""Name on the command line -> form."""
+
+
+@torch.no_grad()
+def _pooled(
+    types: Types, prompt: Sequence[int], weights: Tensor, settings: Sampling, seed: int
+) -> Tokens:
+    model = types.policies[0].model
+    if not types.share_a_base or not isinstance(model, PeftModel):
+        raise UserError(
+            "the geometric pool reads all types token by token, and these are whole models; train "
+            "adapters (--lora-rank above 0), or use --form draw"
+        )
+    names = ["__base__", *(name for name in types.names if name is not None)]
+
+    def switch(rows: int) -> AbstractContextManager[None]:
+        return adapters_by_row(model, names)
+
+    policy, device = types.policies[0], types.policies[0].device
+    room = settings.max_new_tokens
+    if policy.context is not None:
+        room = min(room, policy.context - len(prompt))
+    with evaluating(model):
+        reader = Reader(model, policy.base, sources=len(names), switch=switch, padded=False)
+        rng = torch.Generator(device).manual_seed(seed)
+        tokens = list(prompt)
+        read = torch.tensor([tokens], device=device)
+        for _ in range(room):
+            seen = torch.ones((1, len(tokens)), dtype=torch.bool, device=device)
+            logits = reader.read(read, seen)  # (1 + K, 1, V)
+            mixed = geometric(logits[1:], logits[0], weights.float().to(device))
+            read = race(warp(mixed, settings), [rng]).unsqueeze(-1)
+            tokens.append(int(read))
+            if tokens[-1] in policy.stop_tokens:
+                break
+    return tuple(tokens[len(prompt) :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imitation:
+    """Supervised fine-tuning on every response of a row: the mean over responses of -log pi(y|x).
+
+    The loss of distillation by samples: its minimum over all policies is the policy that answered.
+    """
+
+    needs_reference: bool = False
+    couples_batch: bool = False
+    uses_ties: bool = False
+    needs_collision: bool = False
+    data: tuple[str, ...] = ("label",)
+
+    def rewards(self, policy: Logps, reference: Logps | None) -> Float[Tensor, "*shape"]:
+        """log pi(y|x), less log pi_ref(y|x) where it is known."""
+        return policy.sum if reference is None else log_ratio(policy, reference)
+
+    def per_comparison(
+        self, policy: Logps, reference: Logps | None, judgement: Judgement
+    ) -> PerComparison:
+        """One loss a row, in nats."""
+        nll: PerResponse = -policy.sum
+        return nll.sum(-1) / policy.exists.sum(-1)
+
+
+def answers_of(
+    form: str, types: Types, prompts: Prompts, weights: Tensor, settings: Sampling, seeds: range
+) -> Iterator[list[Tokens]]:
+    """For each seed one answer a prompt, by the form of that name."""
+    for seed in seeds:
+        yield FORMS[form](types, prompts, weights, settings, seed)
+
+
+def distil(
+    policy: Policy,
+    prompts: Prompts,
+    answers: Sequence[Sequence[Tokens]],
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    out: Path,
+) -> Metrics:
+    """Train `policy` to answer as `answers` ([prompt][answer]) do; it is saved as `out`/policy."""
+    rows = [
+        Tokenized(
+            prompt=tuple(prompt),
+            responses=tuple(given),
+            label=(True,) * len(given),
+            id=f"prompt-{number}",
+            place=f"prompt {number}",
+        )
+        for number, (prompt, given) in enumerate(zip(prompts, answers, strict=True), 1)
+    ]
+    training = Training(
+        policy=policy,
+        objective=Imitation(),
+        settings=settings,
+        accelerator=accelerator,
+        out=out,
+    )
+    return training(rows)

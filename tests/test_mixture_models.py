@@ -1,0 +1,278 @@
+"""`prefloop mixture` and `prefloop aggregate` on a tiny language model, end to end."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+
+from prefloop import em
+from prefloop.aggregate import mixture
+from prefloop.aggregating import Types, accuracy_by_annotator, answer, load_types, posterior, solve
+from prefloop.aggregating.forms import Imitation, draw_one_type, pool_logits
+from prefloop.cli import main
+from prefloop.data import read
+from prefloop.data.tokens import tokenize
+from prefloop.mixture import Votes
+from prefloop.policies import Sampling
+from prefloop.report import write_report
+from prefloop.runs import read_json, read_jsonl, write_jsonl
+from prefloop.types import Logps, judgement
+
+WORDS = [f"w{number}" for number in range(60)]
+LOOP = [
+    *("--lora-rank", "2", "--batch-size", "24", "--epochs", "4", "--lr", "0.03"),
+    *("--save-every", "4", "--max-grad-norm", "1000"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("mixture")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFLOOP_CACHE", str(folder / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> str:
+    tiny.llama().save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def row(n: int, person: int) -> dict:
+    """Even people like the first word of the two kinds, odd people the second."""
+    likes = person % 2
+    return {
+        "id": f"{person}-{n}",
+        "prompt": f"{WORDS[(n + person) % 20]} {WORDS[n % 7]}",
+        "responses": [f"w30 {WORDS[n % 20]}", f"w45 {WORDS[n % 20]}"],
+        "rank": [1, 2] if likes == 0 else [2, 1],
+        "annotator": f"person-{person}",
+    }
+
+
+@pytest.fixture(scope="module")
+def votes(folder) -> Path:
+    write_jsonl(folder / "votes.jsonl", (row(n, person) for person in range(6) for n in range(4)))
+    return folder / "votes.jsonl"
+
+
+@pytest.fixture(scope="module")
+def prompts(folder) -> Path:
+    write_jsonl(folder / "prompts.jsonl", ({"id": f"p{n}", "prompt": WORDS[n]} for n in range(4)))
+    return folder / "prompts.jsonl"
+
+
+def train(model: str, data: Path, out: Path, *more: str) -> int:
+    words = ["mixture", "--model", model, "--data", str(data), "--out", str(out)]
+    return main([*words, *LOOP, "--rounds", "2", *more])
+
+
+@pytest.fixture(scope="module")
+def run(model, votes, folder) -> Path:
+    assert train(model, votes, folder / "run", "--objective", "PlackettLuce(beta=1.0)") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def types(run) -> Types:
+    return load_types(run)
+
+
+def test_planted_types_of_a_language_model_are_found_and_written_down(run):
+    gamma = torch.tensor([line["gamma"] for line in read_jsonl(run / "responsibilities.jsonl")])
+    assert em.type_accuracy(torch.arange(6) % 2, gamma) == 1
+    torch.testing.assert_close(gamma.sum(-1), torch.ones(6))
+    rounds = list(read_jsonl(run / "rounds.jsonl"))
+    assert [line["round"] for line in rounds] == [1, 2]
+    said = read_json(run / "mixture.json")
+    assert said["policies"] == ["policy-1", "policy-2"] and said["dead"] == []
+    assert said["loglik"] == rounds[-1]["loglik"] > 24 * torch.tensor(0.5).log()
+    assert said["annotators"] == 6 and said["judgements"] == 24
+
+
+def test_the_policies_load_with_plain_peft_and_differ(run):
+    logits = [
+        AutoPeftModelForCausalLM.from_pretrained(run / name)(torch.tensor([[5, 6]])).logits
+        for name in ("policy-1", "policy-2")
+    ]
+    assert (logits[0] - logits[1]).abs().max() > 0.01
+
+
+def test_one_type_is_plain_training_weight_for_weight(model, votes, folder):
+    words = ["--model", model, "--data", str(votes), "--objective", "DPO(beta=0.5)", *LOOP]
+    plain, mixed = folder / "plain", folder / "one"
+    assert main(["train", *words, "--out", str(plain), "--held-out-share", "0"]) == 0
+    one = ["mixture", *words, "--out", str(mixed), "--types", "1", "--rounds", "1"]
+    assert main(one) == 0
+    trained = load_file(plain / "policy" / "adapter_model.safetensors")
+    found = load_file(mixed / "policy-1" / "adapter_model.safetensors")
+    assert trained.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in trained.items())
+
+
+def test_several_starts_keep_the_likeliest_and_a_dirichlet_start_runs(model, votes, folder):
+    out = folder / "starts"
+    assert train(model, votes, out, "--start", "Dirichlet()", "--restarts", "2") == 0
+    logliks = [list(read_jsonl(out / f"start-{n}" / "rounds.jsonl"))[-1]["loglik"] for n in (1, 2)]
+    said = read_json(out / "mixture.json")
+    assert said["loglik"] == max(logliks) and said["start"] == 1 + logliks.index(max(logliks))
+    assert (out / "rounds.jsonl").read_bytes() == (
+        out / f"start-{said['start']}" / "rounds.jsonl"
+    ).read_bytes()
+
+
+def test_the_number_of_types_is_chosen_by_held_out_votes(model, votes, folder, capsys):
+    out = folder / "auto"
+    strong = ["--objective", "PlackettLuce(beta=1.0)", "--rounds", "1"]
+    assert train(model, votes, out, "--auto", "--types", "2", *strong) == 0
+    said = read_json(out / "types.json")
+    one, two = said["candidates"]
+    assert said["chosen"] == 2 and two["held_out"] > one["held_out"]
+    assert one["held_out"] < -0.5 < two["held_out"]  # a coin is -log 2 = -0.69
+    assert "2 types:" in capsys.readouterr().out
+    assert read_json(out / "mixture.json")["types"] == 2
+
+
+def test_going_on_with_a_finished_run_changes_nothing(run, model, votes):
+    before = (run / "policy-1" / "adapter_model.safetensors").read_bytes()
+    assert train(model, votes, run, "--objective", "PlackettLuce(beta=1.0)", "--resume") == 0
+    assert (run / "policy-1" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"annotator": None}, "no annotator, as in 24 of 24 rows"),
+        ({"annotator": "me"}, "more than the 1 annotators"),
+    ],
+)
+def test_votes_that_cannot_be_used_write_nothing(change, message, model, folder, capsys):
+    data, out = folder / "bad.jsonl", folder / "bad"
+    write_jsonl(data, (row(n, person) | change for person in range(6) for n in range(4)))
+    assert train(model, data, out) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_regret_is_zero_on_the_diagonal_and_the_mixture_is_certified(types, run, prompts):
+    coder = types.reference.tokenizer
+    tokens = [tuple(coder(f"w{n}")["input_ids"]) for n in range(4)]
+    answered = answer(types, tokens, 2, Sampling(max_new_tokens=5), seed=0)
+    solved = solve(types, answered, ())
+    matrix = solved.regret.matrix
+    assert matrix.diagonal().tolist() == [0, 0]
+    first = types.logps(
+        [tiny_row(tokens[0], [one.tokens for one in answered.answers[1][0]])]
+    )  # what type 2 said to prompt 0
+    expected = (first[1] - first[0])[0]  # under type 1
+    torch.testing.assert_close(answered.log_ratio[1, 0, 0], expected, atol=1e-4, rtol=0)
+    assert solved.min_max.gap < 1e-9
+    assert (
+        solved.min_max.worst
+        <= min(solved.loss(weights)["worst"] for weights in solved.weights().values()) + 1e-9
+    )
+
+
+def tiny_row(prompt, responses):
+    made = tiny.row(1, [2])
+    return type(made)(prompt=tuple(prompt), responses=tuple(map(tuple, responses)))
+
+
+def test_a_new_annotator_is_put_where_their_votes_belong(types, folder):
+    new = folder / "new.jsonl"
+    write_jsonl(new, (row(n, person) for person in (10, 11) for n in range(3)))
+    rows, _ = tokenize(read(new), types.reference.tokenizer)
+    gamma = posterior(types, Votes.of(rows))
+    assert gamma[0].argmax() != gamma[1].argmax()
+    assert gamma.max(-1).values.min() > 0.8
+    known = types.gamma["person-0"]
+    assert gamma[0].argmax() == torch.tensor(known).argmax()  # both even
+
+
+def test_personal_mixtures_please_every_annotator_where_one_policy_cannot(types, votes):
+    rows, _ = tokenize(read(votes), types.reference.tokenizer)
+    weights = {
+        "type 1": torch.tensor([1.0, 0.0]).double(),
+        "both": torch.tensor([0.5, 0.5]).double(),
+    }
+    found = accuracy_by_annotator(types, Votes.of(rows), weights)
+    assert found["personal"]["worst"] > 0.9
+    assert found["type 1"]["worst"] < 0.1  # it answers the other half of people the wrong way
+    assert set(found) == {"type 1", "both", "both, geometric", "personal"}
+
+
+def test_drawing_one_type_answers_each_prompt_as_that_type(types):
+    prompts, settings = [(5, 6), (7, 8), (9, 4)], Sampling(max_new_tokens=4)
+    for index in (0, 1):
+        weights = torch.eye(2, dtype=torch.float64)[index]
+        mixed = draw_one_type(types, prompts, weights, settings, 3)
+        alone = draw_one_type(types, prompts, weights, settings, 3)
+        assert mixed == alone and all(0 < len(tokens) <= 4 for tokens in mixed)
+
+
+def test_a_pool_with_all_weight_on_one_type_is_that_type(types):
+    prompts, greedy = [(5, 6), (7, 8, 9)], Sampling(max_new_tokens=5, temperature=0.0)
+    for index in (0, 1):
+        weights = torch.eye(2, dtype=torch.float64)[index]
+        assert pool_logits(types, prompts, weights, greedy, 0) == draw_one_type(
+            types, prompts, weights, greedy, 0
+        )
+
+
+def test_imitation_is_the_negative_log_probability_of_the_answers():
+    token = torch.tensor([[[-1.0, -2.0], [-4.0, 0.0]], [[-3.0, 0.0], [0.0, 0.0]]])
+    mask = torch.tensor([[[True, True], [True, False]], [[True, False], [False, False]]])
+    rows = [tiny.row(1, [2, 1], label=(True, True)), tiny.row(1, [1], label=(True,))]
+    loss = Imitation().per_comparison(Logps(token, mask), None, judgement(rows))
+    assert loss.tolist() == [3.5, 3.0]  # (3 + 4) / 2 and 3 / 1
+
+
+def test_mixing_whole_responses_weighs_probabilities(types, votes):
+    rows, _ = tokenize(read(votes)[:3], types.reference.tokenizer)
+    logps = types.logps(rows)
+    mixed = mixture(logps[1:], torch.tensor([0.25, 0.75]).double())
+    torch.testing.assert_close(mixed.exp(), 0.25 * logps[1].exp() + 0.75 * logps[2].exp())
+
+
+def test_aggregate_writes_regrets_forms_and_one_distilled_policy(run, prompts, votes, folder):
+    out = folder / "aggregate"
+    words = f"aggregate {run} --data {prompts} --out {out} --n 2 --max-new-tokens 4"
+    more = f"--held-out {votes} --new {votes} --distil 2 --form geometric --importance 1 2"
+    loop = "--lora-rank 2 --epochs 1 --batch-size 2"
+    assert main(f"{words} {more} {loop}".split()) == 0
+    found = read_json(out / "regret.json")
+    assert found["importance"] == [1, 2]
+    assert {"min-max", "population", "uniform"} <= found["mixtures"].keys()
+    assert len(list(read_jsonl(out / "personal.jsonl"))) == 6
+    assert read_json(out / "annotators.json")["personal"]["worst"] > 0.9
+    assert (out / "policy" / "adapter_model.safetensors").exists()
+    page = write_report([run, out], folder / "report.html").read_text()
+    assert "Annotator types" in page and "One policy for all types" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--importance 1 2 3", "--importance has 3 numbers for 2 types"),
+        ("--weights personal --annotator nobody", "one of the 6 annotators"),
+    ],
+)
+def test_what_cannot_be_aggregated_is_said(words, message, run, prompts, folder, capsys):
+    out = folder / "refused"
+    base = f"aggregate {run} --data {prompts} --max-new-tokens 2 --out {out}/{len(message)}"
+    assert main(f"{base} {words}".split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_mixture_is_refused(folder):
+    with pytest.raises(Exception, match=r"no mixture\.json, so this is no finished run"):
+        load_types(folder)

@@ -21,14 +21,14 @@ class Case(NamedTuple):
     """An objective and what it must give.
 
     Attributes:
-        losses: expected loss of each comparison, None where it was not worked out.
+        losses: expected loss of each comparison.
         gradient: expected slope by the summed log-probability of each response, all comparisons
             together (the slope by a mean over n tokens is n times it).
     """
 
     objective: o.Objective
     world: World
-    losses: list[float | None]
+    losses: list[float]
     gradient: list[list[float]] | None = None
 
 
@@ -110,14 +110,25 @@ PAIRS = [
     Case(o.SPPOHard(beta=0.1), F, [32.0], [[-8.0, 8.0]]),
     # (.9 x .598139 - .1 x .798139) / .8
     Case(o.RobustDPO(beta=0.1, label_smoothing=0.1), F, [0.573139]),
-    # weights e^-.4, 1, e^.4 of .2, .6, 1
-    Case(o.KLDPO(beta=1.0, tau=1.0), SPREAD, [0.134064, 0.6, 1.491825]),
+    # weights e^-.4, 1, e^.4 of .2, .6, 1; slopes -weight (1 - e^-l): the weight is a constant
+    Case(
+        o.KLDPO(beta=1.0, tau=1.0),
+        SPREAD,
+        [0.134064, 0.6, 1.491825],
+        [[-0.121508, 0.121508], [-0.451188, 0.451188], [-0.943013, 0.943013]],
+    ),
     # weights e^-4, 1, 10 (of e^4)
     Case(o.KLDPO(beta=1.0, tau=0.1), SPREAD, [0.003663, 0.6, 10.0]),
     # slope .045017 times (1, -1) for each response: .598139 + 4 x .045017^2
     Case(o.WassersteinDPO(beta=0.1), ratios([1.0, -1.0]), [0.606245]),
-    # z = (.75 - .5) / .5: 2.5 (2 - .7) = 3.25
-    Case(o.AlphaDPO(beta=2.5, gamma=1.5, alpha=0.2), ADAPTIVE, [0.038041, None, None]),
+    # z = (.75 - .5) / .5 = .5, .651388, -1.151388: logits 2.5 (2 - .6 - .2 z) = 3.25, 3.174306,
+    # 4.075694; slopes 2.5 sigmoid(-logit): z is a constant
+    Case(
+        o.AlphaDPO(beta=2.5, gamma=1.5, alpha=0.2),
+        ADAPTIVE,
+        [0.038041, 0.040972, 0.016838],
+        [[-0.093317, 0.093317], [-0.100360, 0.100360], [-0.041742, 0.041742]],
+    ),
     # alpha = 0 is SimPO: 2.5 x 2 - 1.5 = 3.5
     Case(o.AlphaDPO(beta=2.5, gamma=1.5, alpha=0.0), ADAPTIVE, [0.029750] * 3),
     # one pair has no spread: 2.5 x 2 - 1.5 again; slope 2.5 s(-3.5) / n
@@ -228,7 +239,17 @@ SCORES = [
         fixture(ensemble=[[[1.5, 0.5, -0.2], [0.0, 0.0, 0.0]]]),
         [0.646667],
     ),
-    # two comparisons, d = 2 and 0: model 1 errs by 1.3^2 + 0, model 2 by .3^2 + 1 and is nearest
+    # two comparisons, d = 2 and 0: model 1 errs by 1.3^2 and 0, model 2 by .3^2 and 1: the nearest
+    # for each, then the nearest for both together
+    Case(
+        o.EnsembleDistillation(beta=0.1, gamma=0.0, reduce="min_example"),
+        ratios(
+            [1.0, -1.0],
+            [0.0, 0.0],
+            ensemble=[[[1.5, 0.5], [0.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]],
+        ),
+        [0.09, 0.0],
+    ),
     Case(
         o.EnsembleDistillation(beta=0.1, gamma=0.0, reduce="min_batch"),
         ratios(
@@ -271,7 +292,8 @@ WRAPPERS = [
     Case(o.LD(objective=o.DPO(beta=0.1), alpha=0.5, sides="policy"), TAIL, [0.550112]),
     Case(o.LD(objective=o.DPO(beta=0.1), alpha=1.0), F, [0.598139]),
     # weights (1.25 ^ .5 x (.8 / .68) ^ .5 = 1.084652, .2 / .68 = .294118): .319015 x .598139
-    Case(o.WPO(objective=o.DPO(beta=0.1)), CONFIDENT, [0.190815]),
+    # slope .319015 x .045017: the weight is a constant
+    Case(o.WPO(objective=o.DPO(beta=0.1)), CONFIDENT, [0.190815], [[-0.014361, 0.014361]]),
     # cut at .1
     Case(o.WPO(objective=o.DPO(beta=0.1), max_weight=0.1), CONFIDENT, [0.059814]),
     # .598139 + .2 x 1

@@ -118,7 +118,7 @@ def uniqueness(rng: torch.Generator) -> Reproduction:
         columns=("objective", "JS to pi*", "s.e.", "JS to q", "error of its reward"),
         rows=tuple(uniqueness_row(name, value) for name, value in found.items()),
     )
-    figure, (ax,) = panels(["JS divergence at the population optimum"], width=10)
+    figure, (ax,) = panels(["JS divergence at the population optimum"], width=10.0)
     both = {
         "to pi*": [mean_and_error(value.to_target) for value in found.values()],
         "to q": [mean_and_error(value.to_did) for value in found.values()],
@@ -160,7 +160,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 def rejected(rng: torch.Generator) -> Reproduction:
     """Wrong rejected responses teach the wrong policy, and exactly which one."""
-    betas: dict[str, float | str] = {f"beta' = {beta:g}": beta for beta in (0.1, 0.25, 0.5, 1, 2)}
+    betas: dict[str, float | str] = {f"beta' = {beta:g}": beta for beta in (0.1, 0.25, 0.5, 1.0, 2.0)}
     kinds: dict[str, float | str] = {kind: kind for kind in ("uniform", "reference", "target")}
     found = theory.mismatch(rng, betas | kinds)
     golden = dict(zip(found, (0.065, 0.024, 0, 0.041, 0.114, 0.085, 0.103, 0.418), strict=True))

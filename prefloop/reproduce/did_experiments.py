@@ -63,6 +63,7 @@ def sampled_curves(
         for logp in (taught.chosen, taught.rejected)
     ]
     policy = TabularPolicy(taught.reference.expand(len(objectives), -1, -1))
+    target = taught.target.expand(len(objectives), -1, -1)
     recorded: dict[int, Tensor] = {}
 
     def loss(step: int) -> Tensor:
@@ -71,14 +72,14 @@ def sampled_curves(
         reference = pair_of(taught.reference, chosen, rejected)
         logp = policy.logp()
         if step % 100 == 0:
-            recorded[step] = jensen_shannon(logp.detach(), taught.target)
+            recorded[step] = jensen_shannon(logp.detach(), target)
         total = torch.zeros((), dtype=torch.float64)
         for objective, table in zip(objectives.values(), logp.unbind(0), strict=True):
             total = total + objective(pair_of(table, chosen, rejected), reference).sum() / batch
         return total
 
     anneal(policy, loss, steps, lr=0.02)
-    recorded[steps] = jensen_shannon(policy.logp().detach(), taught.target)
+    recorded[steps] = jensen_shannon(policy.logp().detach(), target)
     curves = {
         name: Curve(
             tuple(recorded),

@@ -154,7 +154,7 @@ def proposal_claims(found: dict[tuple[str, str], list[Estimated]]) -> list[Claim
 
 def estimators_figure(found: dict[tuple[str, str], list[Estimated]]) -> dict[str, Figure]:
     """Mean and standard deviation of each estimator beside the exact value."""
-    figure, (ax,) = panels(["DID entropy from 32 samples (bars: sd)"], width=6)
+    figure, (ax,) = panels(["DID entropy from 32 samples (bars: sd)"], width=6.0)
     kinds = list(experiments.KINDS)
     series: dict[str, list[tuple[float, float]]] = {"exact": []}
     for kind in kinds:

@@ -6,6 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from prefloop.reproduce.claims import Number
+
 COLORS = ("#2b6cb0", "#dd6b20", "#718096", "#38a169", "#805ad5", "#c53030", "#b7791f", "#319795")
 
 
@@ -50,7 +52,7 @@ def bars(
 
 
 def curves(
-    ax: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], style: str = "-"
+    ax: Axes, x: Sequence[Number], series: Mapping[str, Sequence[Number]], style: str = "-"
 ) -> None:
     """One line for each name of `series` over the same x; `style` is matplotlib's ("--", "o-")."""
     for place, (name, values) in enumerate(series.items()):
@@ -58,7 +60,7 @@ def curves(
     ax.legend(fontsize=7)
 
 
-def logarithmic(ax: Axes, ticks: Sequence[float]) -> None:
+def logarithmic(ax: Axes, ticks: Sequence[Number]) -> None:
     """A logarithmic x axis with ticks at the given values only."""
     ax.set_xscale("log")
     ax.xaxis.set_minor_locator(NullLocator())

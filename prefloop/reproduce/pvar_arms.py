@@ -192,7 +192,7 @@ def robustness(rng: torch.Generator) -> Reproduction:
     )
     title = "E2: share of the truly most diverse half that a score keeps (20,000 prompts)"
     columns = ("n", "error of the reward model", "PVar", "reward gap")
-    figure, (ax,) = panels(["Top half found, n = 8"], width=8)
+    figure, (ax,) = panels(["Top half found, n = 8"], width=8.0)
     eight = [row for row in rows if row[0] == 8]
     bars(
         ax,

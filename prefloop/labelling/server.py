@@ -75,7 +75,7 @@ class Labeller:
         if action == "undo":
             self.store.undo(self.annotator)
             return self.state()
-        task = self._by_id.get(said.get("id")) if isinstance(said, dict) else None
+        task = self._by_id.get(str(said.get("id"))) if isinstance(said, dict) else None
         if task is None:
             raise UserError("there is no such task; load the page again")
         seconds = said.get("seconds")
@@ -98,7 +98,7 @@ class Labeller:
         }
 
 
-def serve(labeller: Labeller, port: int = 0, token: str | None = None) -> ThreadingHTTPServer:
+def serve(labeller: Labeller, port: int = 0, token: str | None = None) -> "Server":
     """A server for `labeller` on 127.0.0.1, not yet running; its `url` is the page's address.
 
     Args:
@@ -107,17 +107,21 @@ def serve(labeller: Labeller, port: int = 0, token: str | None = None) -> Thread
         token: first part of every path; random when None.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, or not a port.
     """
+    if not 0 <= port <= 65535:
+        raise UserError(f"port must be 0 (a free one) to 65535, got {port}")
     try:
-        return _Server(labeller, port, token or secrets.token_urlsafe(18))
+        return Server(labeller, port, token or secrets.token_urlsafe(18))
     except OSError as error:
         raise UserError(f"port {port} cannot be used ({error.strerror}); --port 0 finds one") from (
             None
         )
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
+    """The server of one labeller; `serve_forever` runs it."""
+
     daemon_threads = True
 
     def __init__(self, labeller: Labeller, port: int, token: str) -> None:
@@ -133,7 +137,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride] - ours is the only one
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride] - ours is the only one
     server_version = "prefloop"
     sys_version = ""
     timeout = 30  # seconds for a request that never ends
@@ -145,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.OK, self.server.labeller.state())
         elif name in STATIC:
             file, kind = STATIC[name]
-            self._send(HTTPStatus.OK, kind, files(__package__).joinpath(file).read_bytes())
+            self._send(HTTPStatus.OK, kind, files("prefloop.labelling").joinpath(file).read_bytes())
         elif name is not None:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 

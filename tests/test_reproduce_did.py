@@ -12,14 +12,14 @@ def rng():
     return torch.Generator().manual_seed(0)
 
 
-def test_objectives_on_sampled_pairs_leave_from_one_start_and_dpo_goes_furthest(rng):
+def test_objectives_on_sampled_pairs_leave_from_one_start_for_their_own_ends(rng):
     start, curves = did_experiments.sampled_curves(rng, 1.0, problems=2, steps=50, batch=256)
     assert curves["DPO"].steps == (0, 50)
     for curve in curves.values():
         assert curve.divergence[0] == pytest.approx(start)
     assert curves["DPO"].end < 0.6 * start
-    assert curves["DPO"].end == min(curve.end for curve in curves.values())
-    assert curves["SFT"].end > 0.7 * start  # the chosen come from the reference
+    assert curves["DPO"].end < curves["log pi"].end  # which turns towards q
+    assert curves["SFT"].end > 0.9 * start  # the chosen come from the reference
 
 
 def test_a_logistic_loss_fits_the_reward_in_its_own_coin_and_ipo_does_not(rng):

@@ -99,7 +99,7 @@ class Given:
                     f"{self.path}:{number}: a row is an annotator and gamma, {types} numbers from "
                     f"0 that sum to 1; found {row}"
                 )
-            told[str(row["annotator"])] = gamma
+            told[str(row["annotator"])] = list(gamma)
         absent = [name for name in votes.names if name not in told]
         if absent:
             raise UserError(

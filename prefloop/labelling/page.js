@@ -102,7 +102,7 @@ function pick(index) {
   if (picked.length === count - 1) picked.push([...Array(count).keys()].find((i) => !picked.includes(i)));
   mark();
   if (picked.length === count) send([...Array(count).keys()].map((i) => picked.indexOf(i) + 1));
-  else say("And of the others?");
+  else say(`Best is ${picked[0] + 1}. And of the others?`);
 }
 
 function tie() {

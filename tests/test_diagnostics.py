@@ -77,6 +77,16 @@ def test_displacement_by_hand():
     assert (found.tied, found.chosen.responses) == (0, 2)
 
 
+def test_a_change_a_token_counts_long_responses_more():
+    # Chosen of 1 and of 3 tokens change by -1 and by +6: 5 nats over 4 tokens.
+    mask = torch.tensor([[[True, False, False]] * 2, [[True] * 3] * 2])
+    before = Logps(torch.where(mask, -1.0, 0.0), mask)
+    after = Logps(torch.where(mask, torch.tensor([-2.0, 1.0])[:, None, None], 0.0), mask)
+    found = displacement(after, before, RANK[:, :2])
+    assert found.chosen.mean.value == 2.5
+    assert found.chosen.token.value == 1.25
+
+
 def test_a_policy_that_equals_its_reference_displaces_nothing():
     found = displacement(BEFORE, BEFORE, RANK)
     assert found.chosen.fell.value == found.rejected.fell.value == found.both_fell.value == 0
@@ -181,10 +191,11 @@ def test_the_first_order_test_predicts_the_sign_of_a_real_step():
     torch.manual_seed(0)
     model = tiny.llama(seed=3)
     scorer = Scorer(model)
-    similar = Tokenized(prompt=(1, 5), responses=((7, 8, 9, 2), (7, 8, 9, 9, 9, 2)), rank=(1, 2))
+    similar = Tokenized(prompt=(1, 5), responses=((7, 7), (7, 7, 7, 7)), rank=(1, 2))
     distinct = Tokenized(prompt=(1, 5, 6), responses=((20, 2), (40, 41, 2)), rank=(1, 2))
-    for row in (similar, distinct):
+    for row, lowered in ((similar, True), (distinct, False)):
         found = first_order(scorer, [row])
+        assert found.falls.value == lowered
         before = score(scorer, [row]).sum[0].double()
         parameters = list(scorer.parameters())
         sums = score(scorer, [row]).sum[0]
@@ -195,6 +206,7 @@ def test_the_first_order_test_predicts_the_sign_of_a_real_step():
                 part += size * grad
         step = (score(scorer, [row]).sum[0].double() - before)[0].item() / size
         predicted = found.chosen_norm[0] ** 2 * (1 - found.overlap[0])
+        assert (step < 0) == lowered
         assert step == pytest.approx(predicted, rel=0.05, abs=0.02 * found.chosen_norm[0] ** 2)
         with torch.no_grad():
             for part, grad in zip(parameters, grads, strict=True):

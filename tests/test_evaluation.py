@@ -104,6 +104,8 @@ def test_without_a_length_difference_length_control_changes_nothing():
     # The penalty moves log 3 = 1.0986 by 0.01 * 1.0986 / (40 * 3/16) = 0.0015 of log-odds.
     assert found.rate.value == pytest.approx(0.75, abs=5e-4)
     assert (found.raw, found.scale) == (0.75, 0)
+    # Then only the intercept is left, with the error of a share: sqrt(3/16 / 40), times 40 / 39.
+    assert found.rate.error == pytest.approx(math.sqrt(3 / 16 / 39), rel=2e-3)
 
 
 def test_a_judge_who_only_counts_words_is_worth_one_half():
@@ -189,6 +191,14 @@ def test_kl_of_a_policy_with_itself_is_zero_without_error():
     same = Logps(-normal(3, 2, 4).abs(), torch.ones(3, 2, 4, dtype=torch.bool))
     found = kl(same, same)
     assert (found.sequence.value, found.sequence_k3.value, found.sequence.error) == (0, 0, 0)
+
+
+def test_answers_to_one_prompt_are_one_cluster_of_the_kl():
+    token = -normal(3, 2, 4).abs()
+    mask = torch.ones(3, 2, 4, dtype=torch.bool)
+    found = kl(Logps(token, mask), Logps(token - 0.1, mask))
+    assert (found.sequence.clusters, found.sequence.values) == (3, 6)
+    assert found.token.clusters == found.token_k3.clusters == 3
 
 
 def test_padding_and_absent_responses_change_nothing():

@@ -5,6 +5,7 @@ A summary over prompts of `prefloop.did`, which says what is exact and what is e
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def information_of_chosen(policy: Logps, reference: Logps, rank: Int[Tensor, "B 
     moved = change(policy, reference)
     found = roles(rank, policy.exists)
     scored = found.chosen | found.rejected | found.other
-    log_q = moved.masked_fill(~scored, -float("inf")).log_softmax(-1)
+    log_q = did.log_did(moved.masked_fill(~scored, -torch.inf), torch.zeros_like(moved))
     above = log_q + scored.sum(-1, keepdim=True).double().log()
     chosen = found.chosen
     if not chosen.any():

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from prefloop.logps import Scorer
 from prefloop.logps.head import chunked, exact
-from prefloop.objectives import DPO, SimPO
+from prefloop.objectives import DPO, SFT, ChosenHinge, SimPO, Sum
+from prefloop.reproduce import stable_theory
 from prefloop.stable import (
     Adaptive,
     Alternating,
@@ -29,9 +30,10 @@ from prefloop.stable import (
     Stable,
     StableGradient,
     sft_optimum,
+    training,
 )
 from prefloop.stable.objective import best_responses, sft_loss
-from prefloop.tabular import TabularPolicy, comparison_rows
+from prefloop.tabular import LogLinearPolicy, TabularPolicy, comparison_rows
 from prefloop.trainer import Trainer, TrainSettings, backward, build_trainer
 from prefloop.types import Judgement, Logps, UserError, score
 
@@ -414,15 +416,51 @@ def test_a_fused_head_cannot_be_differentiated_twice_and_the_message_says_what_t
         trainer.step(world.rows, 0, 0.0)
 
 
-def test_hinge_holds_the_sft_loss_of_a_language_model_where_dpo_loses_it():
-    def trained(gradient) -> dict[str, float]:
-        world = language_model()
-        trainer = world.trainer(DPO(beta=0.5), gradient, 10**6)
-        for number in range(40):
-            trainer.step(world.rows, number, 0.01)
-        return trainer.evaluate(world.rows)
+def toy_world() -> World:
+    """The specification's toy as a scorer: its chosen and rejected responses look alike."""
+    toy = stable_theory.toy(cosines=(0.9,))
+    policy = LogLinearPolicy(toy.features, torch.zeros_like(toy.reference), toy.weight)
+    one = torch.tensor([[0]])
+    return World(policy, comparison_rows(one, torch.tensor([[0, 1]]), torch.tensor([[1, 2]])))
 
-    plain, held = trained(backward), trained(StableGradient(solver=Hinge(lam=1.0)))
-    assert plain["eval_displacement/chosen"] < -5
-    assert held["eval_displacement/chosen"] > -0.5
-    assert held["eval_rewards/margins"] > 2
+
+@pytest.mark.parametrize(
+    ("gradient", "holds"),
+    [
+        (backward, False),
+        (StableGradient(solver=Hinge(lam=1.0)), True),
+        (StableGradient(solver=OneStep(step=0.1)), False),
+        (StableGradient(solver=OneStep(step=0.1, penalty=Hinge(lam=1.0))), True),
+        (StableGradient(solver=Adaptive()), True),
+    ],
+    ids=["DPO", "hinge", "one step", "one step and hinge", "adaptive"],
+)
+def test_the_toy_around_the_trainer_collapses_or_holds_as_it_should(gradient, holds):
+    world = toy_world()
+    trainer = world.trainer(DPO(beta=0.5), gradient, 10**6)
+    for number in range(200):
+        trainer.step(world.rows, number, 0.02)
+    after = trainer.evaluate(world.rows)
+    assert after["eval_rewards/margins"] > 1
+    if holds:
+        assert after["eval_displacement/chosen"] > -0.05
+    else:
+        assert after["eval_displacement/chosen"] < -1
+
+
+def test_the_hinge_of_each_comparison_is_the_hinge_on_the_chosen():
+    policy = whole([[-1.5, -3.0], [-2.0, -0.8]], requires_grad=True)
+    ours = Stable(pull=SafeRegionEach(lam=0.7, eps=0.1))
+    theirs = Sum(objectives=(DPO(), ChosenHinge(slack=0.1)), weights=(1.0, 0.7))
+    torch.testing.assert_close(gradient_of(ours, policy), gradient_of(theirs, policy))
+    constant = Stable(pull=ConstantPull(lam=0.7))
+    nll = Sum(objectives=(DPO(), SFT(log_likelihood="sum")), weights=(1.0, 0.7))
+    torch.testing.assert_close(gradient_of(constant, policy), gradient_of(nll, policy))
+
+
+def test_sharded_parameters_are_refused(monkeypatch):
+    world = table()
+    trainer = world.trainer(DPO(), StableGradient(), 10**6)
+    monkeypatch.setattr(training, "DTensor", torch.nn.Parameter)
+    with pytest.raises(UserError, match="but logits is sharded"):
+        trainer.step(world.rows, 0, 0.0)

@@ -103,7 +103,7 @@ class Outcome:
     game: Aggregation
 
 
-def train(votes: Votes, seed: int, count: int = 20, epochs: int = 60, beta: float = 5.0) -> Outcome:
+def train(votes: Votes, seed: int, count: int = 20, epochs: int = 40, beta: float = 5.0) -> Outcome:
     """EM for `count` rounds, starting with an E-step from random networks and equal shares."""
     networks = random_networks(seed)
     uniform = torch.full((len(votes.types), ARMS), 1 / ARMS, dtype=torch.float64)

@@ -183,20 +183,26 @@ def newton(
     for _ in range(steps):
         value, gradient, hessian = _second_order(loss, point)
         direction = -torch.linalg.solve(hessian, gradient.unsqueeze(-1)).squeeze(-1)
-        length = torch.ones_like(value)
-        for _ in range(30):
-            moved = point + length.unsqueeze(-1) * direction
-            worse = loss(moved) > value
-            if not worse.any():
-                break
-            length = torch.where(worse, length / 2, length)
-        else:
-            moved = torch.where(worse.unsqueeze(-1), point, moved)
+        point = _downhill(loss, point, value, direction)
         gain = -(gradient * direction).sum(-1) / 2
-        point = moved.detach()
         if (gain <= 1e-13 * (1 + value.abs())).all():
             break
     return point
+
+
+def _downhill(
+    loss: Callable[[Tensor], Tensor], point: Tensor, value: Tensor, direction: Tensor
+) -> Tensor:
+    """The longest of the steps 1, 1/2, 1/4, ... that does not raise a loss; at last none."""
+    length = torch.ones_like(value)
+    for _ in range(30):
+        moved = point + length.unsqueeze(-1) * direction
+        worse = loss(moved) > value
+        if not worse.any():
+            return moved.detach()
+        length = torch.where(worse, length / 2, length)
+    moved = point + length.unsqueeze(-1) * direction
+    return torch.where((loss(moved) > value).unsqueeze(-1), point, moved).detach()
 
 
 def _second_order(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor, Tensor]:

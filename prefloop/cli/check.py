@@ -187,6 +187,8 @@ def _people(verdict: "Verdict") -> Iterator[tuple[str, str]]:
         "rows an annotator",
         f"{people.fewest:,} to {people.most:,}, median {people.median:,.6g}",
     )
+    if verdict.types is not None:
+        yield "types of annotators can be told apart", str(verdict.types)
 
 
 def _tokens(verdict: "Verdict") -> Iterator[tuple[str, str]]:

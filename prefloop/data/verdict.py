@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefloop.data.columns import Columns
+from prefloop.data.evidence import TypeEvidence, TypeEvidences
 from prefloop.data.files import iterate, unique
 from prefloop.data.keys import Digest, digest, prompt_key
 from prefloop.data.tallies import (
@@ -57,6 +58,7 @@ class Verdict:
         agreement: duplicates, and votes that contradict each other.
         length_bias: how often the longer response wins; None where nothing is ordered.
         annotators: who judged how much; None where no row names an annotator.
+        types: whether types of annotators can be told apart; None where none of them ranked.
         tokens: lengths in tokens; None without a tokenizer.
     """
 
@@ -67,6 +69,7 @@ class Verdict:
     agreement: Agreement
     length_bias: LengthBias | None = None
     annotators: Annotators | None = None
+    types: TypeEvidence | None = None
     tokens: TokenLengths | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class _Checking:
     agreements: Agreements = field(default_factory=Agreements)
     length_biases: LengthBiases = field(default_factory=LengthBiases)
     annotator_rows: AnnotatorRows = field(default_factory=AnnotatorRows)
+    type_evidences: TypeEvidences = field(default_factory=TypeEvidences)
     token_counts: TokenCounts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,7 +132,8 @@ class _Checking:
     def add(self, chunk: Sequence[Comparison]) -> None:
         """Count rows that could be read."""
         self.rows += len(chunk)
-        tallies = (self.shapes, self.agreements, self.length_biases, self.annotator_rows)
+        people = (self.annotator_rows, self.type_evidences)
+        tallies = (self.shapes, self.agreements, self.length_biases, *people)
         for row in chunk:
             prompt = self.prompts.setdefault(digest(prompt_key(row.prompt)), len(self.prompts))
             for tally in tallies:
@@ -157,6 +162,7 @@ class _Checking:
             agreement=self.agreements.result(),
             length_bias=self.length_biases.result(),
             annotators=self.annotator_rows.result(),
+            types=self.type_evidences.result(),
             tokens=self.token_counts.result(),
         )
 

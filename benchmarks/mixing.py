@@ -1,8 +1,8 @@
 """What mixing two models' logits costs: `Tilted` against `FromPolicy`, and `generate` beside them.
 
-The policy is the demo's model with a LoRA adapter of rank 16 on every linear layer; the reference is
-its base. `Tilted` runs both as one batch. CPU seconds, the fewest of a few runs, no early end of an
-answer, so that every way makes the same number of tokens.
+The policy is the demo's model with a LoRA adapter of rank 16 on every linear layer; the reference
+is its base. `Tilted` runs both as one batch. CPU seconds, the fewest of a few runs, no early end of
+an answer, so that every way makes the same number of tokens.
 
     python benchmarks/mixing.py --rows 4 8 16 --tokens 48
 """
@@ -10,12 +10,13 @@ answer, so that every way makes the same number of tokens.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from prefloop.data import encoder
 from prefloop.policies import Lora, Policy, Sampling, load_policy
-from prefloop.policies.sampling import FromPolicy, Sampler, sample
+from prefloop.policies.sampling import FromPolicy, sample
 from prefloop.samplers import Tilted
 from prefloop.smollm2 import demo_model
 from prefloop.types import Comparison
@@ -91,16 +92,10 @@ def main() -> None:
         prompts = encoded[: count // ANSWERS]
         settings = Sampling(max_new_tokens=chosen.tokens, rows=count)
 
-        def drawn(
-            sampler: Sampler,
-            prompts: list[tuple[int, ...]] = prompts,
-            settings: Sampling = settings,
-        ) -> object:
-            return sample(policy, prompts, ANSWERS, settings, 0, sampler)
-
-        plain = seconds(lambda: drawn(FromPolicy()), chosen.repeats)
-        tilted = seconds(lambda: drawn(Tilted()), chosen.repeats)
-        usual = seconds(lambda: generate(policy, prompts, chosen.tokens), chosen.repeats)
+        draw = partial(sample, policy, prompts, ANSWERS, settings, 0)
+        plain = seconds(partial(draw, FromPolicy()), chosen.repeats)
+        tilted = seconds(partial(draw, Tilted()), chosen.repeats)
+        usual = seconds(partial(generate, policy, prompts, chosen.tokens), chosen.repeats)
         print(f"{count:5} {usual:10.2f} {plain:10.2f} {tilted:10.2f} {tilted / plain:14.2f}")
 
 

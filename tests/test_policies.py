@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefloop.data import encoder
 from prefloop.errors import UserError
-from prefloop.policies import Lora, Policy, load_policy
+from prefloop.policies import Lora, Policy, load_policy, loading
 from prefloop.policies.policy import evaluating
 from prefloop.types import score
 
@@ -302,7 +302,17 @@ def test_a_file_is_no_model(copied):
 
 def test_a_name_that_the_hub_cannot_give_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"nobody/nothing: this name on the hub gives no model: "):
+    with pytest.raises(UserError, match="nobody/nothing: neither a folder here nor a model") as say:
+        load_policy("nobody/nothing")
+    assert "\n" not in str(say.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(monkeypatch):
+    def unreachable(name, timeout):
+        raise ConnectionError("Name or service\nnot known")
+
+    monkeypatch.setattr(loading, "model_info", unreachable)
+    with pytest.raises(UserError, match="the hub gives: Name or service not known"):
         load_policy("nobody/nothing")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import model_info, try_to_load_from_cache
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -21,6 +22,7 @@ from prefloop.errors import UserError
 from prefloop.policies.policy import DEFAULT_ADAPTER, Policy
 from prefloop.policies.settings import Lora
 
+HUB_PATIENCE = 10.0  # seconds
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -80,6 +82,7 @@ def load_weights(
         settings: of the model's configuration.
     """
     _refuse_no_weights(name)
+    _refuse_unknown(name)
     with explained(name, "model"):
         model, report = auto.from_pretrained(
             name,
@@ -100,6 +103,7 @@ def load_weights(
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; the one place that gives a pad token to those without."""
+    _refuse_unknown(name)
     with explained(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
@@ -130,8 +134,7 @@ def _base_of(name: str | Path) -> tuple[str | Path, Path | None]:
     """The model that `name` stands for, and the folder of its adapter where `name` is one."""
     folder = Path(name)
     if not folder.exists():
-        if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"{name}: there is no such folder; give a model's folder or hub name")
+        _refuse_missing_path(name)
         return name, None
     if not folder.is_dir():
         raise UserError(f"{name}: a file; give the folder that holds the model")
@@ -179,6 +182,28 @@ def _refuse_no_weights(name: str | Path) -> None:
             f"{name}: no weights in safetensors format{_pickles(folder)}. Convert them with "
             "`save_pretrained` on a machine that trusts them"
         )
+
+
+def _refuse_missing_path(name: str | Path) -> None:
+    """A name that can only be a path, of nothing."""
+    told = str(name)
+    if isinstance(name, Path) or told.startswith((".", "/", "~")) or told.count("/") > 1:
+        raise UserError(f"{name}: there is no such folder; give a model's folder or hub name")
+
+
+def _refuse_unknown(name: str | Path) -> None:
+    """Ask the hub once about a name that is not here: loading would ask for a minute first."""
+    if Path(name).is_dir():
+        return
+    _refuse_missing_path(name)
+    try:
+        if not isinstance(try_to_load_from_cache(str(name), "config.json"), str):
+            model_info(str(name), timeout=HUB_PATIENCE)
+    except Exception as error:  # of kinds that changed with the versions of the hub's client
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name}: neither a folder here nor a model that the hub gives: {reason}"
+        ) from error
 
 
 def _pickles(folder: Path) -> str:

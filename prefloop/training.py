@@ -18,7 +18,8 @@ from accelerate import Accelerator
 
 from prefloop.data import Empty, Overlong, best_vs_worst, tokenize, with_ranks
 from prefloop.logps import cached_reference, model_identity
-from prefloop.objectives import Objective
+from prefloop.objectives import Objective, needs_mismatched
+from prefloop.pairing import with_mismatched
 from prefloop.policies import Policy
 from prefloop.policies.policy import evaluating
 from prefloop.runs import cache_folder
@@ -98,7 +99,7 @@ def prepare(
     judged = [
         ranked
         for row in weighted
-        for ranked in (scored([row]) if row.rank is None and row.scores else [row])
+        for ranked in (scored([row]) if _wants_order(row, objective) else [row])
     ]
     ordered = [row for row in judged if _readable(row, objective)]
     limit = handling.max_length or policy.context
@@ -111,6 +112,8 @@ def prepare(
             f"{len(comparisons) - len(weighted)} of weight 0, {len(weighted) - len(ordered)} "
             f"without an order that {type(objective).__name__} reads; {report}"
         )
+    if needs_mismatched(objective):
+        rows = with_mismatched(rows)
     return Prepared(
         rows=rows,
         unweighted=len(comparisons) - len(weighted),
@@ -192,6 +195,11 @@ def reference_of(
             identity=model_identity(policy.base),
             progress=on_rows,
         )
+
+
+def _wants_order(row: Comparison, objective: Objective) -> bool:
+    """Whether the row has scores only, and the objective reads an order."""
+    return row.rank is None and bool(row.scores) and "scores" not in objective.data
 
 
 def _readable(row: Comparison, objective: Objective) -> bool:

@@ -301,3 +301,11 @@ def test_the_region_may_be_part_of_the_objective(model, tmp_path):
     assert train(model, data, tmp_path / "stable", "--objective", plain) == 0
     assert train(model, data, tmp_path / "dpo", "--objective", "DPO(beta=0.1)") == 0
     assert same(weights(tmp_path / "stable"), weights(tmp_path / "dpo"))
+
+
+@pytest.mark.parametrize(
+    "objective", ["KTO()", "FDivergence(divergence=ForwardKL())", "Sum(objectives=[DPO(), SFT()])"]
+)
+def test_objectives_of_other_families_train_from_the_command_line(model, tmp_path, objective):
+    data = comparisons(tmp_path / "data.jsonl")
+    assert train(model, data, tmp_path / "run", "--objective", objective, "--held-out-share", "0") == 0

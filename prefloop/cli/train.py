@@ -102,11 +102,11 @@ class Train:
     def _minimised(self) -> tuple["Objective", "Gradient"]:
         """The objective, and how its gradient is computed."""
         from prefloop.expression import parse
-        from prefloop.objectives import ALL
+        from prefloop.objectives import ALL, PARTS
         from prefloop.stable import OBJECTIVES, SOLVERS, StableGradient
         from prefloop.trainer import backward
 
-        objective = parse(self.objective, (*ALL, *OBJECTIVES))
+        objective = parse(self.objective, (*ALL, *PARTS, *OBJECTIVES))
         if not self.stable:
             return objective, backward
         return objective, StableGradient(solver=parse(self.stable, SOLVERS))

@@ -162,7 +162,7 @@ def test_restarted_rounds_begin_at_the_origin_and_warm_ones_where_they_were(tmp_
         mixture = Mixture(types=2, rounds=4, warm=warm)
         fitted = run_em(tabular_steps(short), votes, mixture, start, folder)
         gaps[warm] = float(load_file(fitted.weights(1))["logits"].abs().max())
-    assert gaps[False] < 0.25 < gaps[True]  # Adam moves 0.1 a step: 2 steps against 8
+    assert gaps[False] < 0.41 < gaps[True]  # Adam moves 0.2 a step or less: 2 steps against 8
 
 
 def test_a_type_that_nobody_is_of_stays_where_it_starts_and_is_named(tmp_path):

@@ -82,7 +82,10 @@ class Steps:
             self.make_scorer(), self.objective, self.reference, self.settings, self.accelerator
         )
         fit(trainer, rows, [], folder, self.on_step)
-        self.accelerator.free_memory()  # it keeps every optimizer that it was handed
+        # It keeps all that it prepared, moments too. `free_memory` would collect garbage besides,
+        # which takes longer than training a small adapter.
+        self.accelerator._optimizers.clear()
+        self.accelerator._models.clear()
 
     @torch.no_grad()
     def loglik(self, rows: Sequence[Tokenized]) -> Float[Tensor, " J"]:

@@ -18,7 +18,7 @@ from prefloop.cli import main
 from prefloop.collecting import Draw
 from prefloop.errors import UserError
 from prefloop.objectives import DPO, SoftLabelDPO
-from prefloop.online.loop import Online
+from prefloop.online.loop import Online, _displacement
 from prefloop.online.section import section
 from prefloop.policies import Sampling
 from prefloop.report.section_json import read_section
@@ -246,6 +246,20 @@ def test_hard_labels_choosers_and_threshold_pairs_run_through_the_same_loop(
         assert max(asked.count(name) for name in asked) == most
 
 
+def test_a_rule_may_read_what_the_policy_itself_prefers(model, prompts, tmp_path):
+    more = "--rule OnlinePVar(beta=0.1) --budget 4"
+    assert main(words(model, prompts, tmp_path / "run", more)) == 0
+    first, second = (list(read_jsonl(tmp_path / f"run/round-{r}/selected.jsonl")) for r in (1, 2))
+    # In the first round policy and reference are one model: no variance, up to rounding.
+    assert max(row["onlinepvar"] for row in first) < 1e-10
+    assert min(row["onlinepvar"] for row in second if row["kept"]) > 1e-6
+    drawn = next(iter(first))
+    # Finished answers: the log-probability of the text is the one they were drawn with.
+    for at, finished in enumerate(drawn["finished"]):
+        if finished:
+            assert drawn["policy_logps"][at] == pytest.approx(drawn["drawn_logps"][at], abs=1e-3)
+
+
 def test_the_mapping_table_names_its_samplers():
     named = {name: recipe.source for name, recipe in online.RECIPES.items()}
     assert named["vanilla"] == FromReference()
@@ -330,6 +344,17 @@ def test_several_processes_are_refused(tmp_path):
             accelerator=Two(),
             out=tmp_path,
         )
+
+
+def test_displacement_is_the_mean_over_the_last_epoch_without_tied_steps():
+    rows = [
+        {"epoch": 0.5, "displacement/chosen": 9.0},
+        {"epoch": 1.0, "displacement/chosen": 9.0},
+        {"epoch": 1.5, "displacement/chosen": 1.0},
+        {"epoch": 1.75},
+        {"epoch": 2.0, "displacement/chosen": 2.0},
+    ]
+    assert _displacement(rows) == {"displacement/chosen": 1.5}
 
 
 def test_a_section_survives_a_round_without_displacement(tmp_path):

@@ -44,7 +44,7 @@ class Online:
     n: int = 2
     """Answers a prompt, where the sampler does not say so itself."""
     rule: str = "PVar()"
-    """What scores a prompt: PVar(scale=1.0), RewardGap(), Random(seed=0)."""
+    """What scores a prompt: PVar(scale=1.0), OnlinePVar(beta=0.1), RewardGap(), Random(seed=0)."""
     budget: int = 0
     """Prompts to label in each round, the highest by --rule; 0 is all of them."""
     held_out: Path | None = None

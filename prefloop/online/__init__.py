@@ -1,7 +1,8 @@
 """Online preference optimization: sample, score, select, train, measure; again with what came out.
 
-sources    where a round's comparisons come from        recipes   the named methods
-exploration  XPO's bonus                                 loop      the rounds, on disk
+sources      where a round's comparisons come from       recipes     the named methods
+exploration  XPO's bonus                                 log_ratios  for rules that read them
+loop         the rounds, on disk                         section     the report's page
 """
 
 from prefloop.online.exploration import XPO

@@ -2,6 +2,7 @@
 
 out/round-R/responses.jsonl, scored.jsonl   answers, and their scores
 out/round-R/selected.jsonl, selection.json  which prompts are worth a label
+out/round-R/log_ratios.jsonl                only for rules that read log-probabilities
 out/round-R/pairs.jsonl                     what is trained on
 out/round-R/metrics.jsonl, policy/          the training, and what came out
 out/round-R/evaluation.json, samples.jsonl  it against the reference, on held-out prompts
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from prefloop.collecting import Draw, sample_to_file, score_to_file
 from prefloop.comparing import compare
 from prefloop.logps import Scorer, cached_reference, model_identity
 from prefloop.objectives import Objective
+from prefloop.online.log_ratios import with_log_ratios
 from prefloop.online.section import section
 from prefloop.online.sources import Source
 from prefloop.policies import Lora, Policy, Sampling, load_policy
@@ -225,7 +228,7 @@ class Online:
         score_to_file(answered, asking.reward, folder)
         if not (folder / "selection.json").exists():
             self.on_stage(number, "select")
-            select(folder / "scored.jsonl", folder, asking.rule, asking.cut)
+            select(self._selected_from(folder, policy), folder, asking.rule, asking.cut)
         kept = [row for row in data.iterate(folder / "selected.jsonl") if row.weight > 0]
         pairs = [pair for row in kept for pair in source.pairing(row, seed)]
         if not pairs:
@@ -235,16 +238,24 @@ class Online:
             )
         return pairs
 
+    def _selected_from(self, folder: Path, policy: Policy) -> Path:
+        """The file that the rule reads: with log-probabilities where it asks for them."""
+        scored = folder / "scored.jsonl"
+        if "reference_logps" not in self.asking.rule.columns:
+            return scored
+        measured = folder / "log_ratios.jsonl"
+        rows = list(data.iterate(scored))
+        write_jsonl(measured, map(data.as_row, with_log_ratios(rows, policy)))
+        return measured
+
     def _row(self, number: int, folder: Path) -> Row:
         """The line of rounds.jsonl: what was asked, and what came of it."""
         evaluation = read_json(folder / "evaluation.json")
-        *_, last = read_jsonl(folder / "metrics.jsonl")
         before, after = evaluation["reward_kl"]
         named = {row["name"]: row for row in evaluation["result"]}
         wins = named["win rate against the reference"]
         scored = [row.scores or () for row in data.iterate(folder / "scored.jsonl")]
         flat = [score for scores in scored for score in scores]
-        displacement = {name: last[name] for name in last if name.startswith("displacement/")}
         return {
             "round": number,
             "source": repr(self.asking.source(number).sampler),
@@ -260,11 +271,21 @@ class Online:
             "win_rate": wins["value"],
             "win_rate_low": wins["low"],
             "win_rate_high": wins["high"],
-            **displacement,
+            **_displacement(list(read_jsonl(folder / "metrics.jsonl"))),
         }
 
     def _folder(self, number: int) -> Path:
         return self.out / f"round-{number}"
+
+
+def _displacement(metrics: Sequence[Row]) -> Row:
+    """What training did to chosen and rejected responses: means over the steps of the last epoch.
+
+    A step whose responses were all tied has none.
+    """
+    last = [row for row in metrics if row["epoch"] > metrics[-1]["epoch"] - 1 + 1e-9]
+    names = dict.fromkeys(name for row in last for name in row if name.startswith("displacement/"))
+    return {name: fmean(row[name] for row in last if name in row) for name in names}
 
 
 def _cached(model: Any, rows: Sequence[Tokenized], settings: TrainSettings) -> Reference:

@@ -4,6 +4,7 @@ A claim that must hold fails the command when it does not. A finding that is neg
 conditions is a claim too, made `conditional`: it is shown, and never fails.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import matplotlib
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from prefloop.runs import write_json
 
@@ -176,6 +179,11 @@ def in_order(
         measured=", ".join(f"{key} {number(value)}" for key, value in measured.items()),
         holds=all(high > low for high, low in pairwise(values)),
     )
+
+
+def mean_and_error(values: Float[Tensor, " S"]) -> tuple[float, float]:
+    """Mean over seeds (worlds, problems) and its standard error."""
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
 def number(value: Quantity) -> str:

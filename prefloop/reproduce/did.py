@@ -8,7 +8,6 @@ import math
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from prefloop import did
 from prefloop.reproduce import did_theory as theory
@@ -20,6 +19,7 @@ from prefloop.reproduce.claims import (
     at_least,
     at_most,
     joined,
+    mean_and_error,
 )
 from prefloop.reproduce.did_measured import measurements
 from prefloop.reproduce.did_theory import Flow, Learned
@@ -118,12 +118,6 @@ def uniqueness(rng: torch.Generator) -> Reproduction:
         columns=("objective", "JS to pi*", "s.e.", "JS to q", "error of its reward"),
         rows=tuple(uniqueness_row(name, value) for name, value in found.items()),
     )
-    figure, (ax,) = panels(["JS divergence at the population optimum"], width=10.0)
-    both = {
-        "to pi*": [mean_and_error(value.to_target) for value in found.values()],
-        "to q": [mean_and_error(value.to_did) for value in found.values()],
-    }
-    bars(ax, [name.replace(" (", "\n(").replace(", ", "\n") for name in names], both)
     claims = (
         at_most("DPO: JS to pi*", float(dpo.to_target.max()), 1e-10, "v1 Thm 3.4", "reported"),
         at_most("log pi alone: JS to q", float(plain.to_did.max()), 1e-10, "spec 2.3", "derived"),
@@ -143,7 +137,7 @@ def uniqueness(rng: torch.Generator) -> Reproduction:
         ),
     )
     return Reproduction(
-        name="did", claims=claims, figures={"did-uniqueness": figure}, tables=(table,)
+        name="did", claims=claims, figures=uniqueness_figure(found), tables=(table,)
     )
 
 
@@ -153,14 +147,22 @@ def uniqueness_row(name: str, value: Learned) -> tuple[str, float, float, float,
     return name, mean, error, float(value.to_did.mean()), float(value.reward_error.mean())
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+def uniqueness_figure(found: dict[str, Learned]) -> dict[str, Figure]:
+    """Both divergences of every objective."""
+    figure, (ax,) = panels(["JS divergence at the population optimum"], width=10.0)
+    both = {
+        "to pi*": [mean_and_error(value.to_target) for value in found.values()],
+        "to q": [mean_and_error(value.to_did) for value in found.values()],
+    }
+    bars(ax, [name.replace(" (", "\n(").replace(", ", "\n") for name in found], both)
+    return {"did-uniqueness": figure}
 
 
 def rejected(rng: torch.Generator) -> Reproduction:
     """Wrong rejected responses teach the wrong policy, and exactly which one."""
-    betas: dict[str, float | str] = {f"beta' = {beta:g}": beta for beta in (0.1, 0.25, 0.5, 1.0, 2.0)}
+    betas: dict[str, float | str] = {
+        f"beta' = {beta:g}": beta for beta in (0.1, 0.25, 0.5, 1.0, 2.0)
+    }
     kinds: dict[str, float | str] = {kind: kind for kind in ("uniform", "reference", "target")}
     found = theory.mismatch(rng, betas | kinds)
     golden = dict(zip(found, (0.065, 0.024, 0, 0.041, 0.114, 0.085, 0.103, 0.418), strict=True))

@@ -7,13 +7,19 @@ from torch import Tensor
 from prefloop.objectives import DPO, ORPO, SimPO
 from prefloop.objectives.unpaired import KTO
 from prefloop.reproduce import pvar_experiments as experiments
-from prefloop.reproduce.claims import Claim, Reproduction, Table, at_most, joined
+from prefloop.reproduce.claims import (
+    Claim,
+    Reproduction,
+    Table,
+    at_most,
+    joined,
+    mean_and_error,
+)
 from prefloop.reproduce.drawing import bars, curves, logarithmic, panels
 from prefloop.reproduce.pvar_experiments import (
     Outcome,
     TableLoss,
     World,
-    mean_and_error,
     on_both_responses,
     on_pairs,
 )
@@ -192,19 +198,23 @@ def robustness(rng: torch.Generator) -> Reproduction:
     )
     title = "E2: share of the truly most diverse half that a score keeps (20,000 prompts)"
     columns = ("n", "error of the reward model", "PVar", "reward gap")
-    figure, (ax,) = panels(["Top half found, n = 8"], width=8.0)
-    eight = [row for row in rows if row[0] == 8]
-    bars(
-        ax,
-        [row[1].replace(", ", "\n") for row in eight],
-        {"PVar": [(row[2], 0.0) for row in eight], "gap": [(row[3], 0.0) for row in eight]},
-    )
     return Reproduction(
         name="pvar",
         claims=claims,
-        figures={"pvar-robustness": figure},
+        figures=robustness_figure([row for row in rows if row[0] == 8]),
         tables=(Table(title=title, columns=columns, rows=tuple(rows)),),
     )
+
+
+def robustness_figure(rows: list[tuple[int, str, float, float]]) -> dict[str, Figure]:
+    """Overlap with the truth of PVar and of the gap, for every error of the reward model."""
+    figure, (ax,) = panels(["Top half found, n = 8"], width=8.0)
+    scores = {
+        "PVar": [(variance, 0.0) for _, _, variance, _ in rows],
+        "gap": [(gap, 0.0) for _, _, _, gap in rows],
+    }
+    bars(ax, [error.replace(", ", "\n") for _, error, _, _ in rows], scores)
+    return {"pvar-robustness": figure}
 
 
 def tenth(rng: torch.Generator, world: World) -> Reproduction:

@@ -78,11 +78,6 @@ class Outcome(NamedTuple):
     curve: Float[Tensor, "steps A"]
 
 
-def mean_and_error(values: Float[Tensor, " S"]) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
-    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
-
-
 def make_world(
     rng: torch.Generator, seeds: int, prompts: int = 2000, candidates: int = 24
 ) -> World:

@@ -1,6 +1,6 @@
 """Planted annotator types on a real small model: does EM find them, and from how many votes?
 
-    python scripts/mixture_planted.py --model FOLDER --out FOLDER
+    python scripts/mixture_planted.py --model FOLDER --out FOLDER --judgements 1 4 8
 
 The model tells the beginnings of stories, cut after one to three sentences. Half of the annotators
 like positive stories (VADER), half like short ones; each vote is a Bradley-Terry (or Plackett-Luce)
@@ -135,11 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--judgements", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--random", type=int, default=8, help="judgements of random starts")
     given = parser.parse_args()
     told = stories(load_policy(given.model), 9)
     told = [(prompt, texts) for prompt, texts in told if len(texts) >= 3]
-    sweep = [(m, among, "clusters") for m in (1, 4, 16) for among in (2, 3)]
-    sweep += [(16, 2, "dirichlet"), (16, 2, "dirichlet, crossfit")]
+    sweep = [(m, among, "clusters") for m in given.judgements for among in (2, 3)]
+    if given.random:
+        sweep += [(given.random, 2, "dirichlet"), (given.random, 2, "dirichlet, crossfit")]
     found = []
     for judgements, among, start in sweep:
         rows = votes(told, judgements, among, seed=7)

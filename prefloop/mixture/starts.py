@@ -93,13 +93,13 @@ class Given:
             raise UserError(f"{self.path}: there is no such file of responsibilities")
         told: dict[str, list[float]] = {}
         for number, row in enumerate(read_jsonl(Path(self.path)), 1):
-            gamma = row.get("gamma")
+            gamma: list[float] = row.get("gamma") or []
             if "annotator" not in row or not _simplex(gamma, types):
                 raise UserError(
                     f"{self.path}:{number}: a row is an annotator and gamma, {types} numbers from "
                     f"0 that sum to 1; found {row}"
                 )
-            told[str(row["annotator"])] = list(gamma)
+            told[str(row["annotator"])] = gamma
         absent = [name for name in votes.names if name not in told]
         if absent:
             raise UserError(

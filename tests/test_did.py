@@ -163,7 +163,7 @@ def test_the_law_of_the_rejected_at_beta_one_is_plain_kl(rng):  # B6, the Renyi 
 
 
 def test_the_chosen_never_rises_along_the_flow_when_drawn_from_the_reference(rng):  # C4
-    ((first, second),) = did_theory.flows(rng, problems=4, betas=(1.0,))
+    ((first, second),) = did_theory.flows(rng, problems=3, betas=(1.0,), steps=120)
     assert first.chosen.max() < 1e-9
     assert torch.cat([first.rejected, second.rejected], 1).max() < 1e-9
     assert (second.chosen[-1] > 0).all()

@@ -139,9 +139,9 @@ def test_simpo_turns_the_order_around_with_best_and_worst_pairs(rng):  # E4
 
 
 def test_the_top_tenth_wins_where_annotators_are_biased(rng):  # E3
-    world = experiments.make_world(rng, 2, prompts=1000)
+    world = experiments.make_world(rng, 2, prompts=800)
     objective = experiments.on_pairs(DPO(beta=0.1))
-    wins = experiments.tenth_against_all(rng, world, objective, (2.0,), steps=150)
+    wins = experiments.tenth_against_all(rng, world, objective, (2.0,), steps=100)
     assert wins["top 10 %"].mean() > wins["all"].mean() > wins["random 10 %"].mean()
 
 

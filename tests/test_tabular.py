@@ -186,7 +186,7 @@ def test_annealing_goes_where_the_optimum_is(rng):
     anneal(
         policy,
         lambda step: expected_loss(DPO(beta=1.0), policy.logp(), reference, weight),
-        steps=400,
+        steps=150,
         lr=0.1,
     )
     best = population_optimum(DPO(beta=1.0), reference, weight)

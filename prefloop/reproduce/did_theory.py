@@ -332,7 +332,10 @@ def flow(objective: PairLoss, taught: Lesson, steps: int = 800, rate: float = 3.
 
 
 def flows(
-    rng: torch.Generator, problems: int = 10, betas: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0)
+    rng: torch.Generator,
+    problems: int = 10,
+    betas: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0),
+    steps: int = 800,
 ) -> list[tuple[Flow, Flow]]:
     """Gradient flow of DPO at each beta: first the chosen from the reference, then the rejected."""
     pairs = []
@@ -347,7 +350,7 @@ def flows(
             torch.cat([taught.rejected, reference]),
             beta,
         )
-        run = flow(DPO(beta=beta), both)
+        run = flow(DPO(beta=beta), both, steps)
         sides = zip(*(part.tensor_split(2, dim=1) for part in run[:3]), strict=True)
         first, second = (Flow(*side, beta=beta) for side in sides)
         pairs.append((first, second))

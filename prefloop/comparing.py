@@ -22,13 +22,13 @@ from prefloop.evaluation import (
 )
 from prefloop.intervals import Estimate, mean
 from prefloop.logps import Scorer
-from prefloop.policies import Policy
+from prefloop.policies import Policy, load_policy
 from prefloop.policies.policy import evaluating
 from prefloop.policies.sampling import FromPolicy, Sample
 from prefloop.rewards import Reward, score
-from prefloop.runs import write_json, write_jsonl
+from prefloop.runs import read_json, write_json, write_jsonl
 from prefloop.samplers import FromReference
-from prefloop.types import Comparison, Tokenized, UserError, judgement, ordered_pairs
+from prefloop.types import Comparison, Logps, Tokenized, UserError, judgement, ordered_pairs
 from prefloop.types import score as logps_of
 
 
@@ -69,20 +69,27 @@ def compare(
     return found
 
 
+def trained_policy(run: Path) -> Policy:
+    """The policy of a run; one that was trained whole gets the model it started from as reference.
+
+    Raises:
+        UserError: the run holds no policy.
+    """
+    if not (run / "policy").is_dir():
+        raise UserError(f"{run}: there is no trained policy here; run prefloop train first")
+    policy = load_policy(run / "policy")
+    if policy.adapter:
+        return policy
+    base = read_json(run / "config.json")["settings"]["model"]
+    return replace(policy, frozen=load_policy(base).base)
+
+
 def ranking(policy: Policy, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """How often policy, reference and implicit reward order held-out comparisons as people did.
 
     What evaluation.json holds; a pair of a comparison counts once, intervals are over prompts.
     """
-    rows, left_out = tokenize(
-        comparisons, policy.tokenizer, policy.context, Overlong.drop, empty=Empty.drop
-    )
-    if not rows:
-        raise UserError("no comparison fits the model's context")
-    with torch.no_grad(), evaluating(policy.model):
-        trained = logps_of(policy.scorer(), rows)
-    with torch.no_grad(), policy.reference() as model, evaluating(model):
-        base = logps_of(Scorer(model), rows)
+    rows, trained, base, left_out = both_logps(policy, comparisons)
     row, chosen, rejected = ordered_pairs(judgement(rows).rank)
     if not len(row):
         raise UserError("the held-out comparisons order no two responses; nothing to compare with")
@@ -104,7 +111,23 @@ def ranking(policy: Policy, comparisons: Sequence[Comparison]) -> dict[str, Any]
     change = (trained.sum - base.sum)[row, chosen]
     fell = mean((change < 0).double(), clusters).row("chosen became less likely", "share")
     moved = mean(change.double(), clusters).row("change of chosen log-probability", "nats")
-    return {"result": [*result, fell, moved], "rows": str(left_out)}
+    return {"result": [*result, fell, moved], "rows": left_out}
+
+
+def both_logps(
+    policy: Policy, comparisons: Sequence[Comparison]
+) -> tuple[list[Tokenized], Logps, Logps, str]:
+    """Held-out rows in tokens, what policy and reference say of them, and what was left out."""
+    rows, report = tokenize(
+        comparisons, policy.tokenizer, policy.context, Overlong.drop, empty=Empty.drop
+    )
+    if not rows:
+        raise UserError("no comparison fits the model's context")
+    with torch.no_grad(), evaluating(policy.model):
+        trained = logps_of(policy.scorer(), rows)
+    with torch.no_grad(), policy.reference() as model, evaluating(model):
+        base = logps_of(Scorer(model), rows)
+    return rows, trained, base, str(report)
 
 
 def _answers(

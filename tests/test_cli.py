@@ -308,4 +308,18 @@ def test_the_region_may_be_part_of_the_objective(model, tmp_path):
 )
 def test_objectives_of_other_families_train_from_the_command_line(model, tmp_path, objective):
     data = comparisons(tmp_path / "data.jsonl")
-    assert train(model, data, tmp_path / "run", "--objective", objective, "--held-out-share", "0") == 0
+    more = ["--objective", objective, "--held-out-share", "0"]
+    assert train(model, data, tmp_path / "run", *more) == 0
+
+
+def test_a_trained_policy_is_diagnosed_and_the_report_shows_it(model, tmp_path, capsys):
+    data = comparisons(tmp_path / "data.jsonl")
+    assert train(model, data, tmp_path / "run", "--held-out-share", "0") == 0
+    held_out = comparisons(tmp_path / "held_out.jsonl", 9)
+    assert main(["diagnose", str(tmp_path / "run"), "--data", str(held_out)]) == 0
+    held = read_json(tmp_path / "run" / "diagnosis.json")
+    assert held["verdict"][0] in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(held_out)]) == 0
+    names = [row["name"] for row in read_json(tmp_path / "run/evaluation.json")["result"]]
+    assert "accuracy, implicit reward" in names
+    assert main(["report", str(tmp_path / "run")]) == 0

@@ -25,6 +25,7 @@ COMMANDS = {
     "mixture": "Find types of annotators who disagree, and train a policy for each.",
     "aggregate": "One policy from the types of a mixture, fair to the worst-off.",
     "evaluate": "Compare a trained policy with its reference.",
+    "diagnose": "Say what training did to the probabilities.",
     "report": "Write one self-contained HTML page from run folders.",
     "reproduce": "Check a paper's claims exactly, in the tabular world.",
     "demo": "The whole loop on a real small model.",

@@ -84,7 +84,7 @@ class Demo:
             out=out / "run",
             held_out_share=0.0,
             empty="drop",
-            loop=TrainSettings(lr=1e-4, batch_size=8, epochs=epochs, seed=self.seed),
+            loop=TrainSettings(lr=4e-4, batch_size=8, epochs=epochs, seed=self.seed),
             resume=True,
         )
         evaluate = Evaluate(

@@ -2,11 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from prefloop.policies import Policy
-
 from typing import Annotated
 
 import tyro
@@ -38,13 +33,13 @@ class Evaluate:
     def __call__(self) -> None:
         """Write evaluation.json and say what is in it."""
         from prefloop.collecting import Draw
-        from prefloop.comparing import compare, ranking
+        from prefloop.comparing import compare, ranking, trained_policy
         from prefloop.data import read, read_prompts
         from prefloop.policies import Sampling
         from prefloop.rewards import load_reward
         from prefloop.runs import write_json
 
-        policy = self._policy()
+        policy = trained_policy(self.run)
         out = self.out or self.run
         out.mkdir(parents=True, exist_ok=True)
         if self.reward is None:
@@ -60,24 +55,6 @@ class Evaluate:
         say(found)
         print(f"wrote {out / 'evaluation.json'}")
         print(f"next: prefloop report {self.run}")
-
-    def _policy(self) -> "Policy":
-        """The trained policy; trained whole, it gets the model it started from as reference."""
-        from dataclasses import replace
-
-        from prefloop.errors import UserError
-        from prefloop.policies import load_policy
-        from prefloop.runs import read_json
-
-        if not (self.run / "policy").is_dir():
-            raise UserError(
-                f"{self.run}: there is no trained policy here; run prefloop train first"
-            )
-        policy = load_policy(self.run / "policy")
-        if policy.adapter:
-            return policy
-        base = read_json(self.run / "config.json")["settings"]["model"]
-        return replace(policy, frozen=load_policy(base).base)
 
 
 def say(found: dict[str, object]) -> None:

@@ -60,7 +60,7 @@ def test_repetition_does_not_mind_which_units_are_repeated(answer, n):
 
 
 def test_statistics_of_answers():
-    answers = ["the sea is wide".split(), ("no " * 12).split(), []]
+    answers = [["the", "sea", "is", "wide"], ("no " * 12).split(), []]
     found = text_statistics(answers, n=2, limit=12)
     assert found.length.value == pytest.approx(16 / 3)
     assert found.repeated.value == pytest.approx((0 + 10 / 11 + 0) / 3)

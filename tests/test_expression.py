@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+
 from prefloop.expression import parse
 from prefloop.types import UserError
 

@@ -1,6 +1,5 @@
 """The reference on disk: the numbers of the model, found by content, whatever happened before."""
 
-
 import pytest
 import tiny
 import torch

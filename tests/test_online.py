@@ -104,7 +104,11 @@ def test_a_round_spends_its_budget_on_the_prompts_of_highest_variance(whole):
         kept = [row["pvar"] for row in rows if row["kept"]]
         assert len(kept) == 5
         assert min(kept) >= max(row["pvar"] for row in rows if not row["kept"])
-        assert len(list(read_jsonl(whole / f"round-{number}/pairs.jsonl"))) == 5
+        pairs = list(read_jsonl(whole / f"round-{number}/pairs.jsonl"))
+        assert len(pairs) == 5
+        assert all(
+            (p["rank"][0] < p["rank"][1]) == (p["scores"][0] > p["scores"][1]) for p in pairs
+        )
 
 
 def test_the_second_round_trains_on_with_the_adapter_of_the_first(whole, model, prompts):

@@ -201,10 +201,14 @@ class Online:
         policy = self.policy(number - 1)
         pairs = folder / "pairs.jsonl"
         if not pairs.exists():
-            write_jsonl(pairs, map(data.as_row, self._pairs(number, folder, policy)))
+            labelled = data.with_ranks(self._pairs(number, folder, policy))
+            write_jsonl(pairs, map(data.as_row, labelled))
         self.on_stage(number, "train")
         learning = self.learning
-        prepared = prepare(data.read(pairs), policy, learning.objective, learning.handling)
+        rows = data.read(pairs)
+        if not learning.objective.uses_ties:
+            rows, _ = data.drop_ties(rows)  # soft labels too, as in the authors' code
+        prepared = prepare(rows, policy, learning.objective, learning.handling)
         seed = derived_seed(learning.settings.seed, "order", number)
         training = Training(
             policy=policy,

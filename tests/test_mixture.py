@@ -21,6 +21,7 @@ from prefloop.mixture import (
     run_em,
     with_annotators,
 )
+from prefloop.mixture.choosing import deal
 from prefloop.mixture.rounds import LOGLIK
 from prefloop.mixture.starts import vote_means
 from prefloop.mixture.steps import refuse_long_pairs, refuse_no_likelihood
@@ -291,3 +292,12 @@ def test_check_warns_where_everybody_saw_the_same_responses(tmp_path):
     assert str(check(path).types).endswith("all saw the same responses, show others too")
     write_jsonl(path, [one])
     assert check(path).types is None
+
+
+def test_folds_share_out_each_annotators_judgements_evenly():
+    votes, _ = planted(annotators=3, votes=4)
+    fold = deal(votes, 2, seed=0)
+    for annotator in range(3):
+        assert fold[votes.annotator == annotator].sum() == 2  # 4 judgements, 2 in fold 1
+    with pytest.raises(UserError, match="--folds must be 2 to 12"):
+        deal(votes, 1, seed=0)

@@ -222,9 +222,9 @@ def test_weights_handed_in_from_outside_are_used():
     torch.testing.assert_close(token, score(scorer, batch).token)
 
 
-def seeing_each_other(pieces):
+def seeing_each_other(pieces, window, right=attention.as_mask):
     """Both responses as one: the second sees the first."""
-    return attention.torch.tensor([[*pieces[0]], [1, sum(n for _, n in pieces[1:])]])[None, None]
+    return right([pieces[0], (1, sum(length for _, length in pieces[1:]))], window)
 
 
 TWO = [tiny.row(6, [5, 7])]

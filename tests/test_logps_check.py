@@ -131,11 +131,21 @@ def test_dropout_of_the_first_batch_is_that_of_a_scorer_that_did_not_compare():
     assert not torch.equal(calm.token, forced.token)
 
 
+STATES = [torch.zeros(1, 1, 3, 2)] * 3
+PIECES = [(0, 1), (1, 2)]
+
+
 def test_attention_options_that_would_be_lost_are_refused():
-    states = [torch.zeros(1, 1, 3, 2)] * 3
-    picture = attention.as_mask([(0, 1), (1, 2)])
+    picture = attention.as_mask(PIECES, None)
     with pytest.raises(ValueError, match="does not know softcap"):
-        attention.prefix_shared_attention(nn.Identity(), *states, picture, softcap=5.0)
+        attention.prefix_shared_attention(nn.Identity(), *STATES, picture, softcap=5.0)
+
+
+@pytest.mark.parametrize(("layer", "configuration"), [(None, 4), (4, None), (4, 5)])
+def test_a_layer_with_another_window_than_the_configuration_names_is_refused(layer, configuration):
+    picture = attention.as_mask(PIECES, configuration)
+    with pytest.raises(ValueError, match=f"window is {layer}, but {configuration} by"):
+        attention.prefix_shared_attention(nn.Identity(), *STATES, picture, sliding_window=layer)
 
 
 def test_a_module_that_is_no_causal_model_is_refused():

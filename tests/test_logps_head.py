@@ -94,6 +94,7 @@ def test_gradients_can_be_taken_twice_when_the_graph_is_kept(chunk):
     made = Head(linear(), VOCABULARY)
     token, _ = chunked(made, hidden, target, False)
     (first,) = torch.autograd.grad(token.sum(), made.module.weight, retain_graph=True)
+    head._spare[0].fill_(torch.nan)  # what was kept is not there any more
     (second,) = torch.autograd.grad(token.sum(), made.module.weight)
     torch.testing.assert_close(first, second)
 
@@ -178,9 +179,23 @@ def test_tables_are_kept_for_backward_while_there_is_room(room, chunks, monkeypa
     monkeypatch.setattr(head, "KEPT_BYTES", 4 * VOCABULARY * room)
     hidden, target = inputs()
     token, _ = chunked(Head(linear(), VOCABULARY), hidden, target, False)
-    assert len(token.grad_fn.kept) == chunks
+    tables = token.grad_fn.tables
+    assert sum(tables.kept(some) is not None for some in tables.chunks) == chunks
+    # one place more, for all the others in turn
+    assert tables.memory.numel() >= min(6 * (chunks + 1), TOKENS) * VOCABULARY
     token.sum().backward()
-    assert not token.grad_fn.kept
+    assert tables.memory is None
+
+
+def test_the_memory_of_a_pass_serves_the_next_and_two_at_a_time_have_their_own(chunk):
+    made, (hidden, target) = Head(linear(), VOCABULARY), inputs()
+    expected, _ = exact(made, hidden, target, False)
+    (slope,) = torch.autograd.grad(expected.sum(), made.module.weight)
+    first, _ = chunked(made, hidden, target, False)
+    second, _ = chunked(made, hidden * 2, target, False)
+    assert first.grad_fn.tables.memory.data_ptr() != second.grad_fn.tables.memory.data_ptr()
+    (found,) = torch.autograd.grad(first.sum(), made.module.weight)
+    torch.testing.assert_close(found, slope)
 
 
 def test_without_gradients_nothing_is_kept():

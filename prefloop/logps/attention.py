@@ -4,9 +4,9 @@ For each comparison: the prompt attends to itself, each response to the prompt a
 nothing is computed that a mask would throw away, no (L, L) mask exists, and there is no padding.
 
 The picture of the line travels where transformers hands a four-dimensional mask through untouched:
-as an int64 tensor (1, 1, S, 2) of (segment, length), a type no real mask has. Anything else that
-arrives here goes on to transformers' own SDPA attention, so a model switched over generates, trains
-and saves as before.
+as an int64 tensor (1, 1, 1 + S, 2), a type no real mask has: (-1, window) and then (segment,
+length) of each piece. Anything else that arrives here goes on to transformers' own SDPA attention,
+so a model switched over generates, trains and saves as before.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def as_mask(pieces: list[tuple[int, int]]) -> Int[Tensor, "1 1 S 2"]:
-    """The (segment, length) of each piece of a line, in the shape of an attention mask."""
-    return torch.tensor(pieces).reshape(1, 1, -1, 2)
+def as_mask(pieces: list[tuple[int, int]], window: int | None) -> Int[Tensor, "1 1 S 2"]:
+    """The picture of a line for layers that see `window` positions back, or all (None)."""
+    return torch.tensor([(-1, window or 0), *pieces])[None, None]
 
 
 def prefix_shared_attention(
@@ -50,10 +50,16 @@ def prefix_shared_attention(
     unknown = {"softcap", "s_aux", "position_bias", "cache"}
     if used := [name for name in unknown if options.get(name) is not None]:
         raise ValueError(f"prefix-shared attention does not know {', '.join(sorted(used))}")
+    (_, window), *pieces = attention_mask[0, 0].tolist()
+    if (options.get("sliding_window") or 0) != window:
+        raise ValueError(
+            f"the layer's sliding window is {options.get('sliding_window')}, but {window or None} "
+            "by the model's configuration"
+        )
     output = _by_segment(
         (query, key, value),
-        [(segment, length) for segment, length in attention_mask[0, 0].tolist()],
-        window=options.get("sliding_window"),
+        [(segment, length) for segment, length in pieces],
+        window=window or None,
         dropout=options.get("dropout", 0.0),
         scale=options.get("scaling"),
     )

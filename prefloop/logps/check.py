@@ -16,7 +16,7 @@ from prefloop.logps.ways import FullLogits, PrefixShared, Way, causal_model
 from prefloop.types import Tokenized, UserError
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-CHECKED_TOKENS = 1024  # rows up to this long are preferred for the check
+CHECKED = (48, 24, 3)  # most tokens of a prompt and of a response, most responses, in the check
 REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -25,7 +25,8 @@ def difference(
 ) -> Float[Tensor, " M"]:
     """How far `way` is from the model's own logits, in nats, for each response token looked at.
 
-    Looks at one or two comparisons of `batch`; leaves training mode and random state as they were.
+    Looks at the beginnings of two comparisons of `batch`; leaves training mode and random state as
+    they were.
     """
     rows = _sample(batch)
     with undisturbed(model):
@@ -83,17 +84,18 @@ def flat_logps(
 
 
 def _sample(batch: Sequence[Tokenized]) -> list[Tokenized]:
-    """The longest comparison that is not too long, and the shortest; no response alone in a row.
+    """The beginnings of two comparisons; no response alone in a row.
 
     A lone response is doubled: a model that ignores what a row shares must not pass.
     """
-    by_length = sorted(batch, key=lambda row: len(row.prompt) + sum(map(len, row.responses)))
-    short = [
-        row for row in by_length if len(row.prompt) + sum(map(len, row.responses)) <= CHECKED_TOKENS
-    ]
-    picked = [by_length[0], (short or by_length)[-1]]
+    prompt, response, count = CHECKED
+    picked = [max(batch, key=lambda row: len(row.responses)), batch[-1]]
     return [
-        row if len(row.responses) > 1 else replace(row, responses=row.responses * 2)
+        replace(
+            row,
+            prompt=row.prompt[:prompt],
+            responses=tuple(tokens[:response] for tokens in (row.responses * 2)[:count]),
+        )
         for row in picked
     ]
 

@@ -81,7 +81,7 @@ def chunked(
             return _Fused.apply(hidden, weight, bias, target, with_collision)
     parts = [
         checkpoint(exact, head, hidden[some], target[some], with_collision, use_reentrant=False)
-        for _, some in _chunks(len(target), head.vocabulary)
+        for some in _chunks(len(target), head.vocabulary)
     ]
     token = torch.cat([part for part, _ in parts])
     return token, torch.cat([part for _, part in parts]) if with_collision else None
@@ -108,9 +108,8 @@ class _Fused(torch.autograd.Function):
 
         d logp_t / d hidden_t = W[target_t] - sum_v p_tv W_v
 
-    A table of exponentials is e = exp(logit - largest), so that p = e / total; dividing waits
-    until after the products with it. Where the weight is frozen (an adapter is trained) the
-    derivative above is taken in forward, so that no table is kept nor made twice.
+    A table holds p. Where the weight is frozen (an adapter is trained) the derivative above is
+    taken in forward, so that no table is kept nor made twice.
     """
 
     @staticmethod
@@ -119,28 +118,21 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.train_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         token = hidden.new_empty(len(target), dtype=torch.float32)
-        largest, total = torch.empty_like(token), torch.empty_like(token)
         collision = torch.empty_like(token) if extra else None
         slope = torch.empty_like(hidden if ctx.needs_input_grad[0] else hidden[:0])
-        ctx.kept = {}
-        room = KEPT_BYTES // (4 * len(weight)) if ctx.train_head else 0
-        for start, some in _chunks(len(target), len(weight)):
-            table = _logits(hidden[some], weight, bias)
-            token[some] = table.gather(-1, target[some].unsqueeze(-1)).squeeze(-1)
-            torch.amax(table, -1, out=largest[some])
-            table.sub_(largest[some].unsqueeze(-1)).exp_()
-            torch.sum(table, -1, out=total[some])
+        tables = _Tables(len(target), len(weight), keep=ctx.train_head, device=hidden.device)
+        for some in tables.chunks:
+            logits = tables.logits(some, hidden, weight, bias)
+            chosen = logits.gather(-1, target[some].unsqueeze(-1)).squeeze(-1)
+            table, log_total = _softmax_(logits)
+            torch.sub(chosen, log_total, out=token[some])
             if collision is not None:
-                norm = torch.linalg.vector_norm(table, dim=-1)
-                collision[some] = 2 * (norm / total[some]).log()
+                collision[some] = 2 * torch.linalg.vector_norm(table, dim=-1).log()
             if len(slope) and not ctx.train_head:
-                mean = (table.to(weight.dtype) @ weight) / total[some].unsqueeze(-1)
-                slope[some] = weight[target[some]] - mean
-            if some.stop <= room:
-                ctx.kept[start] = table
-        token -= largest + total.log()
-        work = (target, largest, total) if ctx.train_head else (slope,)
-        ctx.save_for_backward(hidden, weight, bias, *work)
+                slope[some] = weight[target[some]] - table.to(weight.dtype) @ weight
+        ctx.tables = tables if ctx.train_head else tables.done()
+        work = target if ctx.train_head else slope
+        ctx.save_for_backward(hidden, weight, bias, work)
         if collision is not None:
             ctx.mark_non_differentiable(collision)
         return token, collision
@@ -160,25 +152,23 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight and bias."""
-        hidden, weight, bias, *work = ctx.saved_tensors
+        hidden, weight, bias, work = ctx.saved_tensors
         if not ctx.train_head:
-            (slope,) = work
-            return slope * grad.unsqueeze(-1).to(slope.dtype), None, None
-        target, largest, total = work
+            return work * grad.unsqueeze(-1).to(work.dtype), None, None
+        target, tables = work, ctx.tables
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for start, some in _chunks(len(target), len(weight)):
-            table = ctx.kept.pop(start, None)
+        for some in tables.chunks:
+            table = tables.kept(some)
             if table is None:
-                table = _logits(hidden[some], weight, bias)
-                table.sub_(largest[some].unsqueeze(-1)).exp_()
-            table = table.to(weight.dtype)
-            by, each = grad[some].unsqueeze(-1), total[some].unsqueeze(-1)
-            grad_hidden[some] = by * (weight[target[some]] - (table @ weight) / each)
-            grad_weight = _minus_product(grad_weight, table, hidden[some] * (by / each))
+                table, _ = _softmax_(tables.logits(some, hidden, weight, bias))
             if grad_bias is not None:
-                grad_bias -= table.float().T @ (by / each).squeeze(-1)
+                grad_bias -= table.T @ grad[some]
+            by, table = grad[some].unsqueeze(-1), table.to(weight.dtype)
+            grad_hidden[some] = by * (weight[target[some]] - table @ weight)
+            grad_weight = _minus_product(grad_weight, table, hidden[some] * by)
+        ctx.tables = tables.done()
         grad_weight.index_add_(0, target, hidden.float() * grad.unsqueeze(-1))
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.index_add_(0, target, grad).to(bias.dtype)
@@ -197,16 +187,87 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("the chunked head has no second derivative; `exact` has")
 
 
-def _chunks(tokens: int, vocabulary: int) -> Iterator[tuple[int, slice]]:
-    """Start and place of each chunk whose float32 logits fill `CHUNK_BYTES`."""
+@dataclass
+class _Tables:
+    """Where the tables of one pass are: the first chunks in places of their own, as far as
+    `KEPT_BYTES` go, all others one after the other in the place behind."""
+
+    tokens: int
+    vocabulary: int
+    keep: bool
+    device: torch.device
+    memory: Float[Tensor, " X"] | None = None
+
+    def __post_init__(self) -> None:
+        self.chunks = list(_chunks(self.tokens, self.vocabulary))
+        self.size = self.chunks[0].stop if self.chunks else 0
+        room = KEPT_BYTES // (4 * self.vocabulary * max(1, self.size)) if self.keep else 0
+        self.places = min(room, len(self.chunks))
+
+    def logits(self, some: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A chunk of logits in float32, at its place."""
+        table = self._place(some)
+        if weight.dtype != torch.float32:
+            return table.copy_(nn.functional.linear(hidden[some], weight, bias))
+        if bias is None:
+            return torch.mm(hidden[some], weight.T, out=table)
+        return torch.addmm(bias, hidden[some], weight.T, out=table)
+
+    def kept(self, some: slice) -> Tensor | None:
+        """The chunk's table if it is still there."""
+        there = self.memory is not None and some.start < self.places * self.size
+        return self._place(some) if there else None
+
+    def done(self) -> "_Tables":
+        """Give the memory back; what was kept has to be made again."""
+        if self.memory is not None:
+            _give(self.memory)
+        self.memory, self.places = None, 0
+        return self
+
+    def _place(self, some: slice) -> Tensor:
+        if self.memory is None:
+            places = self.places + (self.places < len(self.chunks))
+            tokens = min(places * self.size, self.tokens)
+            self.memory = _take(tokens * self.vocabulary, self.device)
+        first = min(some.start, self.places * self.size) * self.vocabulary
+        count = (some.stop - some.start) * self.vocabulary
+        return self.memory[first : first + count].view(-1, self.vocabulary)
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """The chunks whose float32 logits fill `CHUNK_BYTES`; the last may be smaller."""
     size = max(1, CHUNK_BYTES // (4 * vocabulary))
     for start in range(0, tokens, size):
-        yield start, slice(start, min(start + size, tokens))
+        yield slice(start, min(start + size, tokens))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A fresh float32 table of logits."""
-    return nn.functional.linear(hidden, weight, bias).float()
+# On a CPU the memory of the last pass waits here for the next one: fresh memory of this size costs
+# a quarter of the pass in page faults. Accelerators have allocators that do this themselves.
+_spare: list[Tensor] = []
+
+
+def _take(elements: int, device: torch.device) -> Tensor:
+    if device.type == "cpu" and _spare and _spare[-1].numel() >= elements:
+        return _spare.pop()
+    _spare.clear()
+    with torch.inference_mode(False):  # what is made in that mode could not be written to later
+        return torch.empty(elements, dtype=torch.float32, device=device)
+
+
+def _give(memory: Tensor) -> None:
+    if memory.device.type == "cpu" and not _spare:
+        _spare.append(memory)
+
+
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, in the memory of the logits, and log sum exp of each row.
+
+    The largest probability is exp(largest logit - log sum exp): so one pass makes both.
+    """
+    largest = logits.amax(-1)
+    table = torch.softmax(logits, -1, out=logits)
+    return table, largest - table.amax(-1).log()
 
 
 def _minus_product(into: Tensor, table: Tensor, hidden: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def hidden_sums(scorer: Scorer, batch: Sequence[Tokenized]) -> Float[Tensor, "B 
 
 def verify(scorer: Scorer, batch: Sequence[Tokenized]) -> float:
     """The largest difference, in nats, between a token's log-probability as `scorer` computes it
-    and by the model's own logits one response a row; over one or two comparisons of `batch`."""
+    and by the model's own logits one response a row; over the beginnings of two comparisons."""
     gap = difference(scorer.model, scorer.way_for(batch), scorer.head, batch)
     return float(gap.abs().max())
 

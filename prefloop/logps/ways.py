@@ -5,6 +5,7 @@ does not suit is found out by comparing with the last one (see `check.py`). To a
 dataclass with the three things `Way` asks for, and its place in `LADDER`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -59,9 +60,8 @@ class PrefixShared:
             base.set_attn_implementation(attention.NAME)
         if base.config._attn_implementation != attention.NAME:
             raise ValueError(f"attention is {base.config._attn_implementation!r}, not 'sdpa'")
-        picture = attention.as_mask(sheet.pieces)
-        types = _layer_types(_text_config(base))
-        return _masked_states(base, sheet, dict.fromkeys(types, picture) if types else picture)
+        masks = _by_layer_type(base, lambda window: attention.as_mask(sheet.pieces, window))
+        return _masked_states(base, sheet, masks)
 
     def head(self, model: nn.Module) -> Head:
         return output_head(causal_model(model))
@@ -91,19 +91,12 @@ class Masked:
 
     def states(self, model: nn.Module, sheet: Sheet) -> States:
         base = causal_model(model)
-        config = _text_config(base)
         segment, positions = sheet.segment.to(base.device), sheet.positions.to(base.device)
         dtype = computing_dtype(base.device, base.dtype)
-
-        def mask(window: int | None) -> Tensor:
-            return additive_mask(segment, positions, dtype, window)
-
-        window = getattr(config, "sliding_window", None)  # most configurations have none
-        types = _layer_types(config)
-        if not types:
-            return _masked_states(base, sheet, mask(window))
-        made = {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
-        return _masked_states(base, sheet, made)
+        masks = _by_layer_type(
+            base, lambda window: additive_mask(segment, positions, dtype, window)
+        )
+        return _masked_states(base, sheet, masks)
 
     def head(self, model: nn.Module) -> Head:
         return output_head(causal_model(model))
@@ -190,12 +183,18 @@ def _text_config(base: PreTrainedModel) -> PreTrainedConfig:
     return base.config.get_text_config(decoder=True)
 
 
-def _layer_types(config: PreTrainedConfig) -> set[str]:
-    """Kinds of attention layers, for models that want a mask for each kind; empty for others."""
+def _by_layer_type(
+    base: PreTrainedModel, mask: Callable[[int | None], Tensor]
+) -> Tensor | dict[str, Tensor]:
+    """The mask for a window, for models with one kind of layers; a mask for each kind otherwise."""
+    config = _text_config(base)
+    window: int | None = getattr(config, "sliding_window", None)  # most configurations have none
     types: set[str] = set(getattr(config, "layer_types", None) or [])
     if unknown := types - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layers of type {', '.join(sorted(unknown))} cannot share a prompt")
-    return types
+    if not types:
+        return mask(window)
+    return {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
 
 
 def _masked_states(base: PreTrainedModel, sheet: Sheet, mask: Tensor | dict[str, Tensor]) -> States:

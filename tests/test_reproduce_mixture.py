@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefloop.em import dirichlet_start, given_start
+from prefloop.em import dirichlet_start, given_start, kmeans
 from prefloop.reproduce import mixture, mixture_known, mixture_one
 from prefloop.reproduce import mixture_bandit as bandit
 from prefloop.reproduce import mixture_identify as identify
@@ -154,9 +154,21 @@ def test_more_judgements_and_richer_ones_say_more():
 
 
 def test_em_beats_clusters_and_clusters_beat_one_policy():
-    report = mixture.baselines(seed=0, seeds=3, count=4)
-    regret = {row[0]: row[2] for row in report.tables[0].rows}
-    assert regret["EM, best of 5"] < regret["cluster, then DPO"] < regret["vanilla DPO"] / 3
+    kind, rng = items.pairs(6), torch.Generator().manual_seed(1)
+    truth = 2 * torch.randn((3, 6), generator=rng, dtype=DOUBLE)
+    types = torch.multinomial(torch.tensor([0.2, 0.3, 0.5]), 150, replacement=True, generator=rng)
+    counts = items.ask(kind, truth, types, 8, rng)
+    start = given_start(kmeans(mixture._votes(kind, counts), 3, seed=0), 3)
+    alone = torch.ones(150, 1, dtype=DOUBLE)
+    fits = (
+        items.fit_types(kind, counts, start, 10),
+        items.fit_types(kind, counts, start, 1),
+        items.fit_types(kind, counts, alone, 1),
+    )
+    em, cluster, vanilla = (
+        float(items.cross_regret(truth, fit.reward).amin(-1).amax()) for fit in fits
+    )
+    assert em < 0.8 * cluster < 0.4 * vanilla
 
 
 def test_the_game_and_the_restrictive_class():

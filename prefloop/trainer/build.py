@@ -29,6 +29,7 @@ def build_trainer(
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
+        fused=True,  # one pass over the weights instead of ten, on CPUs too
     )
     # Together: sharding replaces the parameters, and the optimizer must follow.
     scorer, optimizer = accelerator.prepare(scorer, optimizer)

@@ -291,7 +291,7 @@ def test_the_tokens_of_a_row_are_shown_with_their_mask(data, model, capsys):
 MISTAKES = [
     (["--show", "1"], "--show needs --model"),
     (["--columns", "promt=x"], "perhaps you meant prompt"),
-    (["--model", "/nowhere/at/all"], "gives no tokenizer"),
+    (["--model", "/nowhere/at/all"], "there is no such folder"),
 ]
 
 

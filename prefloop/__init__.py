@@ -25,7 +25,8 @@ _HOME = {
     for name in names.split()
 }
 
-__all__ = sorted([*_HOME, "__version__"])
+# One list, not two that must agree.
+__all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

@@ -85,5 +85,5 @@ def _texts(path: Path) -> tuple[Any, Any]:
     if not path.exists():
         return None, None
     rows = list(read_jsonl(path))
-    sides = [[row[side].split() for row in rows] for side in ("before", "after")]
-    return tuple(text_statistics(answers) for answers in sides)
+    before, after = ([row[side].split() for row in rows] for side in ("before", "after"))
+    return text_statistics(before), text_statistics(after)

@@ -1,7 +1,11 @@
 """Bilevel solvers by hand on quadratics, the objective's laws, and both around the trainer."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny
@@ -462,3 +466,20 @@ def test_sharded_parameters_are_refused(monkeypatch):
     monkeypatch.setattr(training, "DTensor", torch.nn.Parameter)
     with pytest.raises(UserError, match="but logits is sharded"):
         trainer.step(world.rows, 0, 0.0)
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_direction_of_one(tmp_path):
+    worker = Path(__file__).with_name("stable_worker.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1])}
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={processes}", str(worker), str(tmp_path)]
+        subprocess.run(command, env=environment, check=True, timeout=300)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    for name, (gradient, metrics) in one.items():
+        found, theirs = two[name]
+        assert (found - gradient).norm() < 1e-4 * gradient.norm(), name
+        assert name == "Adaptive" or metrics["stable/weight"] == pytest.approx(0.3)
+        assert theirs["stable/weight"] == pytest.approx(metrics["stable/weight"], rel=1e-4)
+        assert theirs["stable/sft"] == pytest.approx(metrics["stable/sft"], rel=1e-4)

@@ -1,0 +1,54 @@
+"""What one process of the two-process test in `test_stable.py` does: one step's gradients, saved.
+
+torchrun --nproc-per-node N stable_worker.py OUT
+"""
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from accelerate import Accelerator
+
+from prefloop.logps import Scorer
+from prefloop.logps.head import exact
+from prefloop.objectives import DPO
+from prefloop.settings import TrainSettings
+from prefloop.stable import Adaptive, Hinge, OneStep, StableGradient
+from prefloop.trainer import build_trainer
+from prefloop.types import Logps, score
+
+SOLVERS = (Hinge(lam=0.3), OneStep(step=0.1, penalty=Hinge(lam=0.3)), Adaptive())
+
+
+def main(out: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    rows = tiny.batch(5, responses=(2,), longest=6)
+    start, model = Scorer(tiny.llama(), head=exact), tiny.llama()
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # away from the reference
+        for value in model.parameters():
+            value += 0.1 * torch.randn(value.shape, generator=rng)
+
+    def reference(batch) -> Logps:
+        with torch.no_grad():
+            return score(start, batch)
+
+    settings = TrainSettings(lr=0.01, max_grad_norm=1e9)
+    found = {}
+    for solver in SOLVERS:
+        gradient = StableGradient(solver=solver, value=0.0)  # always outside the region
+        scorer = Scorer(model, head=exact)
+        trainer = build_trainer(scorer, DPO(), reference, settings, accelerator, gradient)
+        metrics = trainer.step(rows, 0, 0.0)
+        inner = accelerator.unwrap_model(trainer.scorer)
+        flat = torch.cat([value.grad.flatten() for value in inner.parameters()])
+        found[type(solver).__name__] = (flat, metrics)
+    if accelerator.is_main_process:
+        torch.save(found, out / f"{accelerator.num_processes}.pt")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

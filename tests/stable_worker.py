@@ -46,6 +46,7 @@ def main(out: Path) -> None:
         found[type(solver).__name__] = (flat, metrics)
     if accelerator.is_main_process:
         torch.save(found, out / f"{accelerator.num_processes}.pt")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

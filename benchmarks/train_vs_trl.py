@@ -15,7 +15,6 @@ import gc
 import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -247,18 +246,23 @@ def run_prefloop(material: Material, rows: list[Tokenized], model: nn.Module) ->
 
 def one_side(material: Material, side: str) -> Run:
     """One run of one side, for its memory."""
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_gb()
     with tempfile.TemporaryDirectory() as folder:
         if side == "trl":
             run = run_trl(trl_trainer(material, folder))
         else:
             rows = plain_rows(material)
             model = prefloop_model(material, {}) if not material.case.lora else fresh_lora(material)
-            loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            loaded = peak_gb()
             run = run_prefloop(material, rows, model)
-    run.loaded_gb = loaded / 2**20
-    run.peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    run.loaded_gb, run.peak_gb = loaded, peak_gb()
     return run
+
+
+def peak_gb() -> float:
+    """Peak memory of this process so far, GiB. Not getrusage: a child begins with its parent's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def fresh_lora(material: Material) -> nn.Module:

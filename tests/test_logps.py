@@ -284,8 +284,9 @@ def plant(monkeypatch, **wrong):
     monkeypatch.setattr("prefloop.logps.scorer.lay", lay)
 
 
-def test_the_model_generates_the_same_text_after_it_was_scored():
-    model, prompt = tiny.llama(), torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt2", "opt", "mixtral"])
+def test_the_model_generates_the_same_text_after_it_was_scored(name):
+    model, prompt = tiny.MODELS[name](), torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tiny.PAD}
     before = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     score(Scorer(model), tiny.batch(2))

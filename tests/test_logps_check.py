@@ -135,10 +135,12 @@ STATES = [torch.zeros(1, 1, 3, 2)] * 3
 PIECES = [(0, 1), (1, 2)]
 
 
-def test_attention_options_that_would_be_lost_are_refused():
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "indices", "anything_new"])
+def test_attention_options_that_would_be_lost_are_refused(option):
     picture = attention.as_mask(PIECES, None)
-    with pytest.raises(ValueError, match="does not know softcap"):
-        attention.prefix_shared_attention(nn.Identity(), *STATES, picture, softcap=5.0)
+    attention.prefix_shared_attention(nn.Identity(), *STATES, picture, **{option: None})
+    with pytest.raises(ValueError, match=f"does not know {option}"):
+        attention.prefix_shared_attention(nn.Identity(), *STATES, picture, **{option: 5.0})
 
 
 @pytest.mark.parametrize(("layer", "configuration"), [(None, 4), (4, None), (4, 5)])

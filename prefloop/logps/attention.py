@@ -22,6 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "prefix_shared"
+# What a layer may say of its attention: read here, or of no consequence.
+KNOWN = {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "cache_position"}
 ROUND = 128  # band masks are made for multiples of this many tokens, so that they are made rarely
 
 
@@ -47,9 +49,9 @@ def prefix_shared_attention(
     """Attention of a line of rows (see above), or transformers' own for any other mask."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    unknown = {"softcap", "s_aux", "position_bias", "cache"}
-    if used := [name for name in unknown if options.get(name) is not None]:
-        raise ValueError(f"prefix-shared attention does not know {', '.join(sorted(used))}")
+    unknown = {name for name, value in options.items() if value is not None and value is not False}
+    if unknown := unknown - KNOWN:
+        raise ValueError(f"prefix-shared attention does not know {', '.join(sorted(unknown))}")
     (_, window), *pieces = attention_mask[0, 0].tolist()
     if (options.get("sliding_window") or 0) != window:
         raise ValueError(

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 
+from prefloop.logps import Scorer
 from prefloop.objectives import DPO, SFT, PlackettLuce
 from prefloop.runs import read_jsonl
 from prefloop.tabular import TabularPolicy, comparison_rows
@@ -109,6 +111,32 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(tmp_path, killed_after):
         scorer = policy()
     fit(trainer(scorer, **settings), rows(), rows(4), tmp_path / "killed")
     assert torch.equal(scorer.logits, whole)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapter"])
+def test_a_model_with_tied_embeddings_is_resumed_in_the_same_bits(tmp_path, adapted):
+    class Killed(Exception):
+        pass
+
+    def kill(progress) -> None:
+        if progress.step == 2:
+            raise Killed
+
+    def made():
+        base = tiny.llama(tie_word_embeddings=True)
+        model = tiny.lora(base) if adapted else base
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return trainer(Scorer(model), SFT(), lr=1e-3, epochs=1, save_every=1)
+
+    data = [tiny.row(3, [2, 4], seed=seed, rank=(1, 2)) for seed in range(12)]
+    whole = made()
+    fit(whole, data, [], tmp_path / "whole")
+    with pytest.raises(Killed):
+        fit(made(), data, [], tmp_path / "killed", kill)
+    resumed = made()
+    fit(resumed, data, [], tmp_path / "killed")
+    for expected, found in zip(whole.scorer.parameters(), resumed.scorer.parameters(), strict=True):
+        assert torch.equal(expected, found)
 
 
 def test_a_resumed_run_logs_every_step_once(tmp_path):

@@ -23,17 +23,25 @@ from torch.distributed.checkpoint.state_dict import (
 from prefloop.runs import read_json, write_json
 from prefloop.types import UserError
 
+FSDP_WRAPPER = "_fsdp_wrapped_module."
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
+
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """Whole tensors of everything that training changes; every process must call this together."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights: Any = get_model_state_dict(model, options=options)
+    trained = _trained(model)
     moments: Any = get_optimizer_state_dict(model, optimizer, options=options)
     return {
-        "model": {name: value.detach().contiguous().clone() for name, value in weights.items()},
+        "model": {
+            name: value.detach().contiguous().clone()
+            for name, value in weights.items()  # empty but on the first process
+            if name in trained  # tied weights stand there under a second name
+        },
         "optimizer": {
             f"{name}/{key}": torch.as_tensor(value).detach().contiguous().clone()
-            for name, state in moments.get("state", {}).items()  # empty but on the first process
+            for name, state in moments.get("state", {}).items()
             for key, value in state.items()
         },
     }
@@ -71,12 +79,11 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
         raise UserError(f"{folder} holds no checkpoint to resume from")
     newest = found[-1]
     weights: dict[str, Any] = dict(load_file(newest / "model.safetensors"))
-    expected = {name for name, value in model.named_parameters() if value.requires_grad}
-    saved = {name.replace("_fsdp_wrapped_module.", "") for name in weights}
-    if len(saved) != len(expected):
+    if differing := sorted(weights.keys() ^ _trained(model)):
         raise UserError(
-            f"{newest} has {len(saved)} trained tensors, this model {len(expected)}: it is a "
-            "checkpoint of another model or adapter. Resume with the settings of its config.json."
+            f"{newest} has {len(weights)} trained tensors, this model {len(_trained(model))} (only "
+            f"one has {differing[0]}): it is a checkpoint of another model or adapter. Resume with "
+            "the settings of its config.json."
         )
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     set_model_state_dict(model, weights, options=options)
@@ -87,6 +94,15 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
         options=options,
     )
     return int(read_json(newest / "state.json")["step"])
+
+
+def _trained(model: nn.Module) -> set[str]:
+    """Names of the parameters that training changes, each parameter under its first name."""
+    return {
+        name.replace(FSDP_WRAPPER, "").replace(CHECKPOINT_WRAPPER, "")
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
 
 
 def _nested(

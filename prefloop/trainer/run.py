@@ -64,7 +64,7 @@ def fit(
     log, saved = folder / "metrics.jsonl", folder / "checkpoint"
     done = 0
     if checkpoint.finished(saved):
-        done = checkpoint.load(saved, trainer.scorer, trainer.optimizer)
+        done = checkpoint.load(saved, _bare(trainer), trainer.optimizer)
     metrics = _rewind(trainer, log, done)
     save_every = trainer.settings.save_every or max(1, total // 10)
     with _CtrlC(trainer) as pressed:
@@ -123,10 +123,15 @@ def _log_evaluation(
 
 
 def _save(trainer: Trainer, folder: Path, step: int) -> None:
-    state = checkpoint.gather(trainer.accelerator.unwrap_model(trainer.scorer), trainer.optimizer)
+    state = checkpoint.gather(_bare(trainer), trainer.optimizer)
     if trainer.accelerator.is_main_process:
         checkpoint.save(folder, state, step)
     trainer.accelerator.wait_for_everyone()
+
+
+def _bare(trainer: Trainer) -> torch.nn.Module:
+    """The scorer without what Accelerate wrapped around it, so that names do not depend on it."""
+    return trainer.accelerator.unwrap_model(trainer.scorer)
 
 
 def _rewind(trainer: Trainer, log: Path, step: int) -> Metrics:

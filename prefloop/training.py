@@ -199,7 +199,8 @@ def reference_of(
 
 def _wants_order(row: Comparison, objective: Objective) -> bool:
     """Whether the row has scores only, and the objective reads an order."""
-    return row.rank is None and bool(row.scores) and "scores" not in objective.data
+    reads_numbers = {"scores", "ensemble"} & set(objective.data)
+    return row.rank is None and bool(row.scores) and not reads_numbers
 
 
 def _readable(row: Comparison, objective: Objective) -> bool:
@@ -208,5 +209,7 @@ def _readable(row: Comparison, objective: Objective) -> bool:
         return True
     if "scores" in objective.data:
         return row.scores is not None and len(row.scores) > 1
+    if "ensemble" in objective.data:
+        return row.ensemble is not None and len(row.ensemble) > 1
     ranks = [rank for rank in row.rank or () if rank]
     return len(ranks) > 1 and (objective.uses_ties or len(set(ranks)) > 1)

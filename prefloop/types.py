@@ -211,6 +211,11 @@ def _ensemble(
     if len(present) < len(sets):
         return None
     models = len(present[0][0])
+    if unequal := [len(scores[0]) for scores in present if len(scores[0]) != models]:
+        raise UserError(
+            f"rows of one batch have scores of {models} and of {unequal[0]} reward models; give "
+            "every response a score of each, in one order"
+        )
     absent = (float("nan"),) * models
     padded = [[*scores, *([absent] * (width - len(scores)))] for scores in present]
     return torch.tensor(padded, dtype=torch.float32, device=device)

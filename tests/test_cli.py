@@ -312,6 +312,16 @@ def test_objectives_of_other_families_train_from_the_command_line(model, tmp_pat
     assert train(model, data, tmp_path / "run", *more) == 0
 
 
+def test_the_scores_of_several_reward_models_are_read_from_the_file(model, tmp_path):
+    data = comparisons(tmp_path / "data.jsonl")
+    scored = [row | {"ensemble": [[1.0, 0.5], [0.0, 0.2]]} for row in read_jsonl(data)]
+    write_jsonl(data, scored)
+    more = ["--objective", "EnsembleDistillation()", "--held-out-share", "0"]
+    assert train(model, data, tmp_path / "run", *more) == 0
+    # At the start r = 0: the error is the score gap squared, and the nearest model's is 0.3^2.
+    assert next(read_jsonl(tmp_path / "run/metrics.jsonl"))["loss"] == pytest.approx(0.09)
+
+
 def test_a_trained_policy_is_diagnosed_and_the_report_shows_it(model, tmp_path, capsys):
     data = comparisons(tmp_path / "data.jsonl")
     assert train(model, data, tmp_path / "run", "--held-out-share", "0") == 0

@@ -232,3 +232,13 @@ def test_a_split_that_cannot_be_made_is_refused():
         split([vote("a", "b")], 0.5, seed=0)
     with pytest.raises(UserError, match="comparison 'ab': no annotator, so the data cannot"):
         split([vote("a", "b")], 0.5, seed=0, by="annotator")
+
+
+def test_the_scores_of_an_ensemble_follow_their_responses():
+    row = Comparison("q", ("a", "b", "c"), rank=(2, 1, 2), ensemble=((1.0,), (2.0,), (3.0,)))
+    assert [pair.ensemble for pair in to_pairs([row])] == [((1.0,), (2.0,)), ((2.0,), (3.0,))]
+    rows = [
+        Comparison("q", ("a", "b"), scores=(1.0, 0.0), ensemble=((1.0,), (2.0,)), id="1"),
+        Comparison("q", ("b", "c"), scores=(0.0, 2.0), ensemble=((2.0,), (3.0,)), id="2"),
+    ]
+    assert group(rows)[0][0].ensemble == ((1.0,), (2.0,), (3.0,))

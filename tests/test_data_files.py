@@ -282,6 +282,7 @@ def fields(draw):
         "rank": some(st.none() | st.integers(1, 9)),
         "scores": some(st.floats(allow_nan=False, allow_infinity=False)),
         "label": some(st.booleans()),
+        "ensemble": some(st.tuples(*[st.floats(-9, 9)] * 2)),
         "annotator": draw(st.none() | words),
         "weight": draw(st.floats(0, 1e9)),
         "extra": draw(

@@ -19,6 +19,7 @@ NAMES = (
     "responses",
     "rank",
     "scores",
+    "ensemble",
     "label",
     "chosen",
     "rejected",
@@ -29,7 +30,7 @@ NAMES = (
 )
 """Columns that mean something; every other column is carried along in `Comparison.extra`."""
 
-LISTS = frozenset({"responses", "rank", "scores", "label"})
+LISTS = frozenset({"responses", "rank", "scores", "ensemble", "label"})
 
 OTHER_NAMES = {
     "prompt": ("instruction", "question", "query", "input", "context"),

@@ -142,6 +142,7 @@ def _only(row: Comparison, kept: Sequence[int]) -> Comparison:
         rank=None if row.rank is None else tuple(row.rank[at] for at in kept),
         scores=None if row.scores is None else tuple(row.scores[at] for at in kept),
         label=None if row.label is None else tuple(row.label[at] for at in kept),
+        ensemble=None if row.ensemble is None else tuple(row.ensemble[at] for at in kept),
     )
 
 
@@ -152,6 +153,7 @@ def _merged(rows: Sequence[Comparison]) -> Comparison | None:
     scores = _agreed([(row.responses, row.scores) for row in rows], responses)
     label = _agreed([(row.responses, row.label) for row in rows], responses)
     rank = None if first.rank is None else _joint_rank(rows, responses)
+    ensemble = _agreed([(row.responses, row.ensemble) for row in rows], responses)
     for merged, before in ((scores, first.scores), (label, first.label), (rank, first.rank)):
         if merged is None and before is not None:
             return None
@@ -161,7 +163,13 @@ def _merged(rows: Sequence[Comparison]) -> Comparison | None:
         if all(key in row.extra and row.extra[key] == value for row in rows)
     ]
     return replace(
-        first, responses=responses, rank=rank, scores=scores, label=label, extra=dict(same)
+        first,
+        responses=responses,
+        rank=rank,
+        scores=scores,
+        label=label,
+        extra=dict(same),
+        ensemble=ensemble,
     )
 
 

@@ -20,7 +20,8 @@ def read(source: str | Path, columns: Columns | None = None) -> list[Comparison]
 
     Rows may be written as
 
-        prompt, responses, and rank (1 = best) or scores or label, one entry a response
+        prompt, responses, and rank (1 = best) or scores or label, one entry a response;
+        ensemble, a list a response with one score a reward model, may stand beside them
         prompt, chosen, rejected; or chosen and rejected alone, which then begin with the prompt
         prompt, completion, label (true = good)
 
@@ -146,6 +147,7 @@ def as_row(comparison: Comparison) -> dict[str, Any]:
         "responses": list(comparison.responses),
         "rank": comparison.rank,
         "scores": comparison.scores,
+        "ensemble": comparison.ensemble,
         "label": comparison.label,
         "annotator": comparison.annotator,
         "weight": None if comparison.weight == 1.0 else comparison.weight,

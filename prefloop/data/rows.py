@@ -38,9 +38,15 @@ def comparison(row: Mapping[str, Any], columns: Columns, place: str, made_id: st
     """
     row = renamed(row, columns, place) if columns else row
     prompt, responses, rank, label = _form(row, place)
-    scores = _scores(row.get("scores"), len(responses), place)
     return Comparison(
-        prompt, responses, rank, scores, label, extra=_extra(row), **_about(row, place, made_id)
+        prompt,
+        responses,
+        rank,
+        _scores(row.get("scores"), len(responses), place),
+        label,
+        extra=_extra(row),
+        ensemble=_ensemble(row.get("ensemble"), len(responses), place),
+        **_about(row, place, made_id),
     )
 
 
@@ -218,6 +224,23 @@ def _scores(value: Any, count: int, place: str) -> tuple[float, ...] | None:
     if value is None:
         return None
     return tuple(_number(score, "scores", place) for score in _sized(value, "scores", count, place))
+
+
+def _ensemble(value: Any, count: int, place: str) -> tuple[tuple[float, ...], ...] | None:
+    if value is None:
+        return None
+    rows = _sized(value, "ensemble", count, place)
+    if not all(isinstance(row, list | tuple) and len(row) > 0 for row in rows):
+        raise UserError(
+            f"{place}: ensemble is {_shown(value)}; it must be a list a response, with one number "
+            "a reward model"
+        )
+    if len(sizes := {len(row) for row in rows}) > 1:
+        raise UserError(
+            f"{place}: ensemble has {' and '.join(map(str, sorted(sizes)))} numbers for responses "
+            "of one row; every reward model scores each of them. Mend or drop the row"
+        )
+    return tuple(tuple(_number(score, "ensemble", place) for score in row) for row in rows)
 
 
 def _labels(value: Any, count: int, place: str) -> tuple[bool, ...]:

@@ -23,7 +23,7 @@ Refuse: TypeAlias = Callable[[UserError], None]
 BATCH = 1024  # rows of Parquet or Arrow held at a time
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(/[\w.-]+)?(:[^/]+)?")
 SPACE = re.compile(r"[ \n\r\t]*")
-DECODED = frozenset({"responses", "rank", "scores", "label", "weight"})
+DECODED = frozenset({"responses", "rank", "scores", "ensemble", "label", "weight"})
 """Columns whose cells hold JSON in a CSV file, which itself knows text only."""
 
 

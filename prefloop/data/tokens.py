@@ -148,6 +148,7 @@ class Encoder:
                 weight=comparison.weight,
                 id=comparison.id,
                 place=comparison.place,
+                ensemble=comparison.ensemble,
             )
 
     def special_texts(self) -> list[str]:

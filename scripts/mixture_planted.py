@@ -1,17 +1,19 @@
 """Planted annotator types on a real small model: does EM find them, and from how many votes?
 
-    python scripts/mixture_planted.py --model FOLDER --out FOLDER --judgements 1 4 8
+    python scripts/mixture_planted.py --model FOLDER --out FOLDER --judgements 1 4 8 --seeds 0 1 2
 
-The model tells the beginnings of stories, cut after one to three sentences. Half of the annotators
-like positive stories (VADER), half like short ones; each vote is a Bradley-Terry (or Plackett-Luce)
-draw on the planted reward. Votes an annotator are swept, and pairs compared with best-of-three at
-the same number of judgements. Prints a row a setting, and writes results.json.
+The model tells the beginnings of stories, cut after one to three sentences. Annotators in turn like
+positive stories (VADER), short ones, and with `--types 3` such with questions; each vote is a
+Bradley-Terry (or Plackett-Luce) draw on the planted reward. Votes an annotator are swept, and
+pairs compared with best-of-three and with rankings of three at the same number of judgements.
+Prints a row a setting and seed, and writes results.json; what is there is not done again.
 """
 
 import argparse
 import math
 import re
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +22,38 @@ from accelerate import Accelerator
 
 from prefloop import em
 from prefloop.data import encoder, tokenize
-from prefloop.mixture import Clusters, Dirichlet, Mixture, MixtureTraining
+from prefloop.mixture import Clusters, Dirichlet, Mixture, MixtureTraining, Start
 from prefloop.objectives import PlackettLuce
 from prefloop.policies import Lora, Policy, Sampling, load_policy
 from prefloop.policies.sampling import sample
-from prefloop.rewards.rules import Vader
-from prefloop.runs import write_json
+from prefloop.rewards.rules import Brevity, Questions, Vader
+from prefloop.runs import read_json, write_json
 from prefloop.settings import TrainSettings
 from prefloop.types import Comparison
 
 NAMES = ("Lily", "Tom", "Sara", "Ben", "Mia", "Max", "Anna", "Tim")
 OPENINGS = ("One day, {} went to the", "Once upon a time, {} found a", "{} was sad because")
 SETTINGS = TrainSettings(lr=3e-3, batch_size=16, epochs=4, save_every=1000)
-ANNOTATORS = 32
 STRENGTH = 3.0  # of the planted preference, in standard deviations of the reward
+FORMS = {"pair": 2, "best": 3, "ranking": 3}
+STARTS: dict[str, Start] = {
+    "clusters": Clusters(),
+    "dirichlet": Dirichlet(),
+    "clusters-crossfit": Clusters(),
+    "dirichlet-crossfit": Dirichlet(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One line of the table."""
+
+    judgements: int
+    form: str
+    start: str
+    annotators: int
+    types: int
+    seed: int
 
 
 def stories(policy: Policy, n: int) -> list[tuple[str, list[str]]]:
@@ -53,35 +73,33 @@ def _cut(text: str, sentences: int) -> str:
 
 
 def planted_rewards(told: list[tuple[str, list[str]]]) -> list[torch.Tensor]:
-    """For each prompt (2, answers): sentiment and brevity, both of spread 1 over everything."""
-    vader = Vader()
-    raw = [
-        torch.tensor([vader([prompt], [texts])[0], [-float(len(text.split())) for text in texts]])
-        for prompt, texts in told
-    ]
+    """For each prompt (3, answers): sentiment, brevity, questions, of spread 1 over everything."""
+    rules = (Vader(), Brevity(), Questions())
+    raw = [torch.tensor([rule([prompt], [texts])[0] for rule in rules]) for prompt, texts in told]
     spread = torch.cat(raw, -1).std(-1, keepdim=True)
     return [one / spread for one in raw]
 
 
-def votes(
-    told: list[tuple[str, list[str]]], judgements: int, among: int, seed: int
-) -> list[Comparison]:
-    """Best of `among` answers, `judgements` times by each annotator; types alternate."""
-    rng = np.random.default_rng(seed)
+def votes(told: list[tuple[str, list[str]]], setting: Setting) -> list[Comparison]:
+    """`judgements` judgements by each annotator; types take turns."""
+    rng = np.random.default_rng(setting.seed)
     rewards = planted_rewards(told)
     rows = []
-    for annotator in range(ANNOTATORS):
-        for number in range(judgements):
+    for annotator in range(setting.annotators):
+        for number in range(setting.judgements):
             place = int(rng.integers(len(told)))
             prompt, texts = told[place]
-            shown = rng.choice(len(texts), among, replace=False)
-            noisy = STRENGTH * rewards[place][annotator % 2].numpy()[shown] + rng.gumbel(size=among)
-            rank = np.where(np.arange(among) == noisy.argmax(), 1, 2).tolist()
+            shown = rng.choice(len(texts), FORMS[setting.form], replace=False)
+            liked = rewards[place][annotator % setting.types].numpy()[shown]
+            noisy = STRENGTH * liked + rng.gumbel(size=len(shown))
+            rank = np.argsort(np.argsort(-noisy)) + 1  # Gumbel noise: Plackett-Luce
             rows.append(
                 Comparison(
                     prompt,
                     tuple(texts[index] for index in shown),
-                    tuple(rank),
+                    tuple(
+                        int(r) for r in (rank if setting.form == "ranking" else rank.clip(max=2))
+                    ),
                     annotator=f"person-{annotator}",
                     id=f"{annotator}-{number}",
                 )
@@ -102,61 +120,88 @@ def adjusted_rand_index(first: torch.Tensor, second: torch.Tensor) -> float:
     return (inside - chance) / ((a + b) / 2 - chance) if (a + b) / 2 != chance else 1.0
 
 
-def run(model: str, rows: list[Comparison], types: int, start: str, out: Path) -> dict[str, float]:
+def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict[str, float]:
     """EM on `rows`; how well the annotators' types were found, after round 1 and at the end."""
     policy = load_policy(model, adapter=Lora(rank=8, alpha=16.0))
     tokens, _ = tokenize(rows, policy.tokenizer)
-    starts = {"clusters": Clusters(), "dirichlet": Dirichlet(), "dirichlet, crossfit": Dirichlet()}
+    crossfit = setting.start.endswith("crossfit")
     training = MixtureTraining(
         policy=policy,
         objective=PlackettLuce(beta=0.3),
         settings=SETTINGS,
-        mixture=Mixture(types=types, rounds=4, crossfit="crossfit" in start),
-        start=starts[start],
+        mixture=Mixture(types=setting.types, rounds=4, crossfit=crossfit, seed=setting.seed),
+        start=STARTS[setting.start],
         allow_unidentified=True,
         accelerator=Accelerator(cpu=True),
         out=out,
     )
     began = time.perf_counter()
     fitted = training(tokens)
-    truth = torch.arange(ANNOTATORS) % 2
+    truth = torch.arange(setting.annotators) % setting.types
     first = fitted.history[0].belief.responsibilities
     return {
         "seconds": time.perf_counter() - began,
         "loglik_per_judgement": fitted.loglik / fitted.scored,
         "round_1_ari": adjusted_rand_index(truth, first.argmax(-1)),
         "ari": adjusted_rand_index(truth, fitted.gamma.argmax(-1)),
-        "accuracy": em.type_accuracy(truth, fitted.gamma) if types == 2 else float("nan"),
+        "round_1_accuracy": em.type_accuracy(truth, first),
+        "accuracy": em.type_accuracy(truth, fitted.gamma),
     }
 
 
-def main() -> None:
-    """The sweep."""
+def settings_of(given: argparse.Namespace) -> list[Setting]:
+    """Every line of the table, seed by seed."""
+    return [
+        Setting(
+            judgements=judgements,
+            form=form,
+            start=start,
+            annotators=given.annotators,
+            types=given.types,
+            seed=seed,
+        )
+        for seed in given.seeds
+        for judgements in given.judgements
+        for form in given.forms
+        for start in given.starts
+    ]
+
+
+def options() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--judgements", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--random", type=int, default=8, help="judgements of random starts")
-    given = parser.parse_args()
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=["pair", "best"])
+    parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=["clusters"])
+    parser.add_argument("--annotators", type=int, default=32)
+    parser.add_argument("--types", type=int, choices=[2, 3], default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The sweep."""
+    given = options()
     told = stories(load_policy(given.model), 9)
     told = [(prompt, texts) for prompt, texts in told if len(texts) >= 3]
-    sweep = [(m, among, "clusters") for m in given.judgements for among in (2, 3)]
-    if given.random:
-        sweep += [(given.random, 2, "dirichlet"), (given.random, 2, "dirichlet, crossfit")]
-    found = []
-    for judgements, among, start in sweep:
-        rows = votes(told, judgements, among, seed=7)
-        folder = given.out / f"{judgements}-{among}-{start}"
-        one = {"judgements": judgements, "among": among, "start": start}
-        one |= run(given.model, rows, 2, start, folder)
+    results = given.out / "results.json"
+    found = read_json(results) if results.exists() else []
+    for setting in settings_of(given):
+        if any(asdict(setting).items() <= one.items() for one in found):
+            continue
+        folder = given.out / "-".join(str(value) for value in asdict(setting).values())
+        one = asdict(setting) | run(given.model, votes(told, setting), setting, folder)
         found.append(one)
         print(
-            f"{judgements:3d} judgements, best of {among}, {start:<20} "
+            f"{setting.judgements:3d} {setting.form:<8}{setting.start:<19}"
+            f"{setting.annotators:4d} annotators, {setting.types} types, seed {setting.seed}: "
             f"ARI {one['round_1_ari']:6.3f} -> {one['ari']:6.3f}, accuracy {one['accuracy']:.3f}, "
             f"{one['loglik_per_judgement']:.3f} nats a judgement, {one['seconds']:.0f} s",
             flush=True,
         )
-        write_json(given.out / "results.json", found)
+        write_json(results, found)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from prefloop.settings import TrainSettings
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from prefloop.objectives import Objective
     from prefloop.policies import Policy
     from prefloop.trainer.loop import Gradient, Metrics
+    from prefloop.trainer.memory import Memory
     from prefloop.training import Prepared
-    from prefloop.types import Tokenized
+    from prefloop.types import Comparison, Tokenized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,8 @@ class Train:
         """Check everything, then train, then say what came out."""
         from prefloop.cli import settings
         from prefloop.cli.console import progress
-        from prefloop.runs import start_run
+        from prefloop.data import as_row
+        from prefloop.runs import start_run, write_jsonl
         from prefloop.trainer.build import accelerator_for
         from prefloop.trainer.loop import total_steps
         from prefloop.training import Training, carry_selection
@@ -75,11 +78,15 @@ class Train:
         objective, gradient = self._minimised()
         accelerator = accelerator_for(self.trackers, self.out, self.precision)
         policy = self._policy(accelerator.device)
-        rows, held_out = self._rows(policy, objective)
+        given, aside = self._divided()
+        rows, held_out = self._rows(given, aside, policy, objective)
         if accelerator.is_main_process:
             start_run(self.out, "train", settings(self), self.resume)
             carry_selection(self.data, self.out)
+            if aside:
+                write_jsonl(self.out / "held_out.jsonl", map(as_row, aside))
             print(f"training on {rows}; {len(held_out)} held out")
+            print(f"memory: about {self._memory(policy, rows.rows, accelerator)}")
         accelerator.wait_for_everyone()
         if self.trackers:
             accelerator.init_trackers("prefloop", config=settings(self))
@@ -124,27 +131,53 @@ class Train:
             self.model, adapter=adapter, dtype=dtype, device=device, seed=self.loop.seed
         )
 
-    def _rows(
-        self, policy: "Policy", objective: "Objective"
-    ) -> tuple["Prepared", list["Tokenized"]]:
-        """What is trained on and what is held out, in tokens; checked before anything runs."""
+    def _divided(self) -> tuple[list["Comparison"], list["Comparison"]]:
+        """What is trained on and what is held out."""
         from prefloop import data
-        from prefloop.training import Handling, prepare
 
         columns = data.parse_columns(self.columns)
         rows = data.read(self.data, columns)
-        held_out = data.read(self.held_out, columns) if self.held_out else []
-        if not self.held_out and self.held_out_share:
-            rows, held_out = data.split(rows, self.held_out_share, self.loop.seed)
+        if self.held_out:
+            return rows, data.read(self.held_out, columns)
+        if self.held_out_share:
+            return data.split(rows, self.held_out_share, self.loop.seed)
+        return rows, []
+
+    def _rows(
+        self,
+        given: list["Comparison"],
+        aside: list["Comparison"],
+        policy: "Policy",
+        objective: "Objective",
+    ) -> tuple["Prepared", list["Tokenized"]]:
+        """Both parts in tokens; checked before anything runs."""
+        from prefloop import data
+        from prefloop.training import Handling, prepare
+
         handling = Handling(
             pairs=self.pairs,
             max_length=self.max_length or None,
             overlong=data.Overlong(self.overlong),
             empty=data.Empty(self.empty),
         )
-        train = prepare(rows, policy, objective, handling)
-        test = prepare(held_out, policy, objective, handling).rows if held_out else []
+        train = prepare(given, policy, objective, handling)
+        test = prepare(aside, policy, objective, handling).rows if aside else []
         return train, test
+
+    def _memory(
+        self, policy: "Policy", rows: list["Tokenized"], accelerator: "Accelerator"
+    ) -> "Memory":
+        from accelerate import DistributedType
+
+        from prefloop.trainer.memory import estimate
+
+        return estimate(
+            policy.scorer(None),
+            rows,
+            self.loop,
+            accelerator.num_processes,
+            sharded=accelerator.distributed_type == DistributedType.FSDP,
+        )
 
 
 def _say(out: Path, metrics: "Metrics") -> None:
@@ -155,4 +188,7 @@ def _say(out: Path, metrics: "Metrics") -> None:
         share = 100 * metrics["displacement/chosen_fell"]
         print(f"in {share:.0f} % of the last batch the chosen response became less likely")
     print(f"policy: {out / 'policy'}")
-    print(f"next: prefloop report {out}")
+    if (out / "held_out.jsonl").exists():
+        print(f"next: prefloop evaluate {out} --data {out / 'held_out.jsonl'}")
+    else:
+        print(f"next: prefloop report {out}")

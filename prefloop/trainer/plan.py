@@ -40,7 +40,7 @@ def derived_seed(*key: int) -> int:
 
 def shares(batch: Sequence[Tokenized], processes: int) -> list[list[Tokenized]]:
     """The rows of each process: longest first, dealt out in turn, so that all get similar work."""
-    order = sorted(range(len(batch)), key=lambda i: (-_tokens(batch[i]), i))
+    order = sorted(range(len(batch)), key=lambda i: (-tokens(batch[i]), i))
     return [[batch[i] for i in order[rank::processes]] for rank in range(processes)]
 
 
@@ -60,5 +60,6 @@ def forward_passes(
     return [passes + [[]] * (most - len(passes)) for passes in split]
 
 
-def _tokens(row: Tokenized) -> int:
+def tokens(row: Tokenized) -> int:
+    """Tokens of a row as a forward pass sees it: its prompt once, and all its responses."""
     return len(row.prompt) + sum(map(len, row.responses))

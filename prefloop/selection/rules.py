@@ -1,4 +1,4 @@
-"""The rules that read rewards, and the one that reads nothing."""
+"""The rules that read rewards alone, and the one that reads nothing."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,60 +7,47 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefloop.selection.rule import Table
-from prefloop.selection.variance import preference_variance, reward_gap
+from prefloop.selection.rule import ROWS, Rule, Table
+from prefloop.selection.variance import reward_gap, variance_and_error
 from prefloop.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class PVar:
+class PVar(Rule):
     """Preference variance of the reward (offline form).
 
     Attributes:
-        scale: multiplies the rewards; 1 is the paper's.
+        scale: multiplies the rewards; 1 is the paper's. `calibrated_scale` fits it to votes.
     """
 
     scale: float = 1.0
     columns: ClassVar[tuple[str, ...]] = ("scores",)
+    measures: ClassVar[tuple[str, ...]] = ("pvar", "pvar_se")
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < float("inf"):
             raise UserError(f"PVar.scale must be positive and finite, got {self.scale}")
 
-    def __call__(self, table: Table) -> Float[Tensor, " P"]:
+    def measure(self, table: Table) -> Float[Tensor, "P C"]:
         rewards = table["scores"]
-        return preference_variance(rewards, ~rewards.isnan(), self.scale)
+        found = variance_and_error(rewards, ~rewards.isnan(), self.scale)
+        return torch.stack(found, dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlinePVar:
-    """Preference variance of the implicit reward; 0 for every prompt while policy = reference.
-
-    Attributes:
-        beta: of the implicit reward beta log pi/pi_ref, per nat.
-    """
-
-    beta: float = 0.1
-    columns: ClassVar[tuple[str, ...]] = ("policy_logps", "reference_logps")
-
-    def __call__(self, table: Table) -> Float[Tensor, " P"]:
-        rewards = self.beta * (table["policy_logps"] - table["reference_logps"])
-        return preference_variance(rewards, ~rewards.isnan())
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardGap:
+class RewardGap(Rule):
     """Largest minus smallest reward; blind to how the others lie between."""
 
     columns: ClassVar[tuple[str, ...]] = ("scores",)
+    measures: ClassVar[tuple[str, ...]] = ("reward_gap",)
 
-    def __call__(self, table: Table) -> Float[Tensor, " P"]:
+    def measure(self, table: Table) -> Float[Tensor, "P C"]:
         rewards = table["scores"]
-        return reward_gap(rewards, ~rewards.isnan())
+        return reward_gap(rewards, ~rewards.isnan()).unsqueeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random:
+class Random(Rule):
     """A random number a prompt: the baseline of every rule.
 
     Attributes:
@@ -68,8 +55,12 @@ class Random:
     """
 
     seed: int = 0
-    columns: ClassVar[tuple[str, ...]] = ("scores",)
+    columns: ClassVar[tuple[str, ...]] = (ROWS,)
+    measures: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, table: Table) -> Float[Tensor, " P"]:
+    def measure(self, table: Table) -> Float[Tensor, "P C"]:
+        return torch.zeros(len(next(iter(table.values()))), 0, dtype=torch.float64)
+
+    def scores(self, measured: Float[Tensor, "P C"]) -> Float[Tensor, " P"]:
         rng = torch.Generator().manual_seed(self.seed)
-        return torch.rand(len(table["scores"]), generator=rng, dtype=torch.float64)
+        return torch.rand(len(measured), generator=rng, dtype=torch.float64)

@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "Read every row of preference data and say whether it can be trained on.",
     "sample": "Sample several answers to each prompt.",
     "score": "Score sampled answers with a reward.",
+    "reward": "Train a reward model on comparisons, and say what it is worth.",
     "select": "Choose the prompts that are worth a label.",
     "train": "Train a policy on comparisons.",
     "label": "Rank answers by hand, on a local page.",

@@ -34,7 +34,7 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class RewardModel:
+class Classifier:
     """A sequence classifier with one output; the reward is its raw output (a logit).
 
     What it reads: the chat of prompt and response where its tokenizer has a chat template; else
@@ -124,7 +124,7 @@ def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Int[Tensor,
 
 def load_reward_model(
     name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
-) -> RewardModel:
+) -> Classifier:
     """Any sequence classifier of `transformers` with one output, from safetensors.
 
     Raises:
@@ -138,7 +138,7 @@ def load_reward_model(
         )
     device = PartialState().device if device is None else torch.device(device)
     model.to(device)  # pyright: ignore[reportArgumentType] - overloads of .to
-    return RewardModel(model.eval(), load_tokenizer(name))
+    return Classifier(model.eval(), load_tokenizer(name))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,19 +23,48 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class EnsembleReward(Reward, Protocol):
+    """A reward made of what K models give."""
+
+    def members(
+        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+    ) -> list[tuple[tuple[float, ...], ...]]:
+        """K numbers for each response of each prompt."""
+        ...
+
+    def combined(self, row: Sequence[Sequence[float]]) -> tuple[float, ...]:
+        """The reward of each response of one prompt, from its K numbers."""
+        ...
+
+
 def score(comparisons: Sequence[Comparison], reward: Reward) -> list[Comparison]:
     """`comparisons` with `scores` from `reward`; earlier scores are replaced.
+
+    An ensemble of K > 1 models also leaves what each of them gave, in `ensemble`.
 
     Raises:
         UserError: a reward that is NaN or infinite, or not one number a response; names the row.
     """
-    scored = reward([row.prompt for row in comparisons], [row.responses for row in comparisons])
+    prompts = [row.prompt for row in comparisons]
+    responses = [row.responses for row in comparisons]
+    if isinstance(reward, EnsembleReward):
+        members = reward.members(prompts, responses)
+        scored = [reward.combined(row) for row in members]
+    else:
+        scored, members = reward(prompts, responses), [None] * len(comparisons)
     if len(scored) != len(comparisons):
         raise UserError(f"the reward scored {len(scored)} of {len(comparisons)} prompts")
     return [
-        replace(row, scores=_checked(row, values))
-        for row, values in zip(comparisons, scored, strict=True)
+        replace(row, scores=_checked(row, values), ensemble=_several(given))
+        for row, values, given in zip(comparisons, scored, members, strict=True)
     ]
+
+
+def _several(
+    given: tuple[tuple[float, ...], ...] | None,
+) -> tuple[tuple[float, ...], ...] | None:
+    return given if given and len(given[0]) > 1 else None
 
 
 def _checked(row: Comparison, values: Sequence[float]) -> tuple[float, ...]:

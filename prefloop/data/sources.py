@@ -1,6 +1,7 @@
 """Rows out of files and data sets, each with the place it was found at.
 
-To add a file format: a function that yields `Raw`s here, and its suffix in `FORMATS`.
+To add a file format: a function that yields `Raw`s here, and its suffix in `FORMATS`; for one that
+keeps columns a function that gives `Columnar`, and its suffix in `COLUMNAR`.
 JSON-lines, CSV, Parquet and Arrow are read a piece at a time; a JSON list is held whole.
 """
 
@@ -9,7 +10,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -39,30 +41,63 @@ def rows(source: str | Path, columns: Columns, refuse: Refuse) -> Iterator[Raw]:
     """The rows of a file, of a saved data set, or of a data set of the Hugging Face Hub.
 
     Args:
-        source: a file (`FORMATS`, also with .gz behind), a folder written by `save_to_disk` with
-            an optional ":SPLIT", or a Hub name "ORG/NAME[/CONFIGURATION][:SPLIT]".
+        source: a file (`FORMATS`, also with .gz behind, or `COLUMNAR`), a folder written by
+            `save_to_disk` with an optional ":SPLIT", or a Hub name
+            "ORG/NAME[/CONFIGURATION][:SPLIT]".
         columns: names of the file's columns, to know which cells of a CSV hold JSON.
         refuse: called with the error of a row that cannot be decoded.
 
     Raises:
         UserError: there is no such file, folder or data set, or nothing of it can be read.
     """
+    found = columnar(source)
+    if found is not None:
+        yield from _numbered(found)
+        return
+    path = Path(source)
+    reader = FORMATS.get(_suffix(path))
+    if reader is None:
+        raise UserError(
+            f"{path}: files of type {_suffix(path) or 'no suffix'!r} cannot be read; allowed are "
+            f"{', '.join((*FORMATS, *COLUMNAR))}. Convert the file, or rename it if it is one of "
+            "these"
+        )
+    try:
+        yield from reader(path, columns, refuse)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+class Columnar(NamedTuple):
+    """A source that is kept in columns: read some of them, and a piece at a time.
+
+    Attributes:
+        name: what the place of a row begins with.
+        made: what a made id begins with.
+        columns: names of the columns.
+        batches: of (names, rows): Arrow batches of those columns, in order, of so many rows at
+            most where the file lets us choose.
+    """
+
+    name: str
+    made: str
+    columns: tuple[str, ...]
+    batches: Callable[[Sequence[str], int], Iterator[Any]]
+
+
+def columnar(source: str | Path) -> Columnar | None:
+    """`source` as columns: Parquet, Arrow, a saved data set, one of the Hub; None for text files.
+
+    Raises:
+        UserError: there is no such file, folder or data set, or it cannot be read.
+    """
     path, split = _located(source)
     if path is None:
-        yield from _hub(str(source))
-    elif path.is_dir():
-        yield from _saved(path, split)
-    else:
-        reader = FORMATS.get(_suffix(path))
-        if reader is None:
-            raise UserError(
-                f"{path}: files of type {_suffix(path) or 'no suffix'!r} cannot be read; allowed "
-                f"are {', '.join(FORMATS)}. Convert the file, or rename it if it is one of these"
-            )
-        try:
-            yield from reader(path, columns, refuse)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
+        return _hub(str(source))
+    if path.is_dir():
+        return _saved(path, split)
+    opener = COLUMNAR.get(_suffix(path))
+    return None if opener is None else opener(path)
 
 
 def _located(source: str | Path) -> tuple[Path | None, str | None]:
@@ -72,7 +107,7 @@ def _located(source: str | Path) -> tuple[Path | None, str | None]:
     folder, colon, split = str(source).rpartition(":")
     if colon and Path(folder).is_dir():
         return Path(folder), split
-    known = _suffix(Path(source)) in FORMATS
+    known = _suffix(Path(source)) in FORMATS.keys() | COLUMNAR.keys()
     if known or not HUB_NAME.fullmatch(str(source)):
         raise UserError(f"{source}: there is no such file or folder")
     return None, None
@@ -229,31 +264,46 @@ def _cell(cell: str, name: str, role: str, place: str) -> Any:
         ) from None
 
 
-def _parquet(path: Path, columns: Columns, refuse: Refuse) -> Iterator[Raw]:
-    import pyarrow
+def _parquet(path: Path) -> Columnar:
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield from _numbered(file.iter_batches(batch_size=BATCH), str(path), path.name)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None
+    def batches(names: Sequence[str], rows: int) -> Iterator[Any]:
+        with _arrow_errors(path, "a Parquet file"), parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=rows, columns=list(names))
+
+    with _arrow_errors(path, "a Parquet file"):
+        names = tuple(parquet.read_schema(path).names)
+    return Columnar(str(path), path.name, names, batches)
 
 
-def _arrow(path: Path, columns: Columns, refuse: Refuse) -> Iterator[Raw]:
+def _arrow(path: Path) -> Columnar:
+    import pyarrow
+
+    def opened(file: Any) -> tuple[Any, Iterator[Any]]:
+        try:
+            found = pyarrow.ipc.open_stream(file)
+            return found.schema, iter(found)
+        except pyarrow.ArrowInvalid:  # the other of Arrow's two layouts
+            found = pyarrow.ipc.open_file(file)
+            return found.schema, map(found.get_batch, range(found.num_record_batches))
+
+    def batches(names: Sequence[str], rows: int) -> Iterator[Any]:
+        with _arrow_errors(path, "an Arrow file"), pyarrow.memory_map(str(path)) as file:
+            for batch in opened(file)[1]:
+                yield batch.select(list(names))
+
+    with _arrow_errors(path, "an Arrow file"), pyarrow.memory_map(str(path)) as file:
+        return Columnar(str(path), path.name, tuple(opened(file)[0].names), batches)
+
+
+@contextmanager
+def _arrow_errors(path: Path, what: str) -> Iterator[None]:
     import pyarrow
 
     try:
-        with pyarrow.memory_map(str(path)) as file:
-            try:
-                found = pyarrow.ipc.open_stream(file)
-                batches = iter(found)
-            except pyarrow.ArrowInvalid:  # the other of Arrow's two layouts
-                found = pyarrow.ipc.open_file(file)
-                batches = map(found.get_batch, range(found.num_record_batches))
-            yield from _numbered(batches, str(path), path.name)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not an Arrow file that can be read: {error}") from None
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not {what} that can be read: {error}") from None
 
 
 FORMATS = {
@@ -262,13 +312,14 @@ FORMATS = {
     ".json": _json,
     ".csv": _csv,
     ".tsv": _csv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
 }
-"""Suffix of a file -> what reads it."""
+"""Suffix of a text file -> what reads it."""
+
+COLUMNAR = {".parquet": _parquet, ".arrow": _arrow}
+"""Suffix of a file of columns -> what opens it."""
 
 
-def _saved(path: Path, split: str | None) -> Iterator[Raw]:
+def _saved(path: Path, split: str | None) -> Columnar:
     from datasets import load_from_disk
 
     try:
@@ -278,10 +329,10 @@ def _saved(path: Path, split: str | None) -> Iterator[Raw]:
             f"{path}: a folder must be a data set written by save_to_disk: {_line(error)}. To read "
             "one file of it, name the file"
         ) from None
-    yield from _dataset(found, split, str(path), path.name)
+    return _dataset(found, split, str(path), path.name)
 
 
-def _hub(source: str) -> Iterator[Raw]:
+def _hub(source: str) -> Columnar:
     from datasets import load_dataset
 
     name, _, split = source.partition(":")
@@ -293,11 +344,11 @@ def _hub(source: str) -> Iterator[Raw]:
         raise UserError(
             f"{source}: neither a file here nor a data set that could be loaded: {_line(error)}"
         ) from None
-    yield from _dataset(found, split or None, name, parts[-1])
+    return _dataset(found, split or None, name, parts[-1])
 
 
-def _dataset(found: Any, split: str | None, name: str, made: str) -> Iterator[Raw]:
-    """The rows of a `datasets.Dataset`, or of the one split of a `DatasetDict` that was named."""
+def _dataset(found: Any, split: str | None, name: str, made: str) -> Columnar:
+    """The columns of a `datasets.Dataset`, or of the named one split of a `DatasetDict`."""
     from datasets import DatasetDict
 
     if isinstance(found, DatasetDict):
@@ -312,16 +363,21 @@ def _dataset(found: Any, split: str | None, name: str, made: str) -> Iterator[Ra
         found = found[split]
     elif split is not None:
         raise UserError(f"{name}: has no splits, so {split!r} cannot be chosen. Leave :{split} out")
-    yield from _numbered(found.with_format("arrow").iter(batch_size=BATCH), name, made)
+    held = found
+
+    def batches(names: Sequence[str], rows: int) -> Iterator[Any]:
+        yield from held.select_columns(list(names)).with_format("arrow").iter(batch_size=rows)
+
+    return Columnar(name, made, tuple(held.column_names), batches)
 
 
-def _numbered(batches: Iterable[Any], name: str, made: str) -> Iterator[Raw]:
+def _numbered(found: Columnar) -> Iterator[Raw]:
     """The rows of Arrow batches or tables, counted from 1."""
     number = 0
-    for batch in batches:
+    for batch in found.batches(found.columns, BATCH):
         for row in batch.to_pylist():
             number += 1
-            yield Raw(f"{name} row {number}", f"{made}:{number}", row)
+            yield Raw(f"{found.name} row {number}", f"{found.made}:{number}", row)
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:

@@ -229,6 +229,24 @@ def type_accuracy(truth: Int[Tensor, " I"], gamma: Float[Tensor, "I K"]) -> floa
     return float((true * hard[:, match_types(true, hard)]).sum(-1).mean())
 
 
+def adjusted_rand_index(first: Int[Tensor, " I"], second: Int[Tensor, " I"]) -> float:
+    """Agreement of two clusterings of the same annotators: 1 the same, 0 as by chance.
+
+        (sum_kl C(n_kl, 2) - E) / ((a + b) / 2 - E),   a, b = sums of C(size, 2),  E = a b / C(I, 2)
+
+    References:
+        Hubert and Arabie 1985, "Comparing partitions".
+    """
+    table = given_start(first, int(first.max()) + 1).mT @ given_start(second, int(second.max()) + 1)
+
+    def pairs(counts: Tensor) -> float:
+        return float((counts * (counts - 1) / 2).sum())
+
+    inside, a, b = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    chance = a * b / max(1.0, len(first) * (len(first) - 1) / 2)
+    return (inside - chance) / ((a + b) / 2 - chance) if (a + b) / 2 != chance else 1.0
+
+
 class Identifiability(NamedTuple):
     """What observed probabilities say about the parameters close to a point.
 

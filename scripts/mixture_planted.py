@@ -10,10 +10,9 @@ Prints a row a setting and seed, and writes results.json; what is there is not d
 """
 
 import argparse
-import math
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from prefloop.types import Comparison
 
 NAMES = ("Lily", "Tom", "Sara", "Ben", "Mia", "Max", "Anna", "Tim")
 OPENINGS = ("One day, {} went to the", "Once upon a time, {} found a", "{} was sad because")
-SETTINGS = TrainSettings(lr=3e-3, batch_size=16, epochs=4, save_every=1000)
+SETTINGS = TrainSettings(lr=3e-3, batch_size=16, save_every=1000)
 STRENGTH = 3.0  # of the planted preference, in standard deviations of the reward
 FORMS = {"pair": 2, "best": 3, "ranking": 3}
 STARTS: dict[str, Start] = {
@@ -53,6 +52,7 @@ class Setting:
     start: str
     annotators: int
     types: int
+    epochs: int
     seed: int
 
 
@@ -107,19 +107,6 @@ def votes(told: list[tuple[str, list[str]]], setting: Setting) -> list[Compariso
     return rows
 
 
-def adjusted_rand_index(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Agreement of two clusterings: 1 the same, 0 as by chance (Hubert and Arabie 1985)."""
-    table = np.zeros((int(first.max()) + 1, int(second.max()) + 1))
-    np.add.at(table, (first.numpy(), second.numpy()), 1)
-
-    def pairs(counts: np.ndarray) -> float:
-        return float((counts * (counts - 1) / 2).sum())
-
-    inside, a, b = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
-    chance = a * b / math.comb(len(first), 2)
-    return (inside - chance) / ((a + b) / 2 - chance) if (a + b) / 2 != chance else 1.0
-
-
 def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict[str, float]:
     """EM on `rows`; how well the annotators' types were found, after round 1 and at the end."""
     policy = load_policy(model, adapter=Lora(rank=8, alpha=16.0))
@@ -128,7 +115,7 @@ def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict
     training = MixtureTraining(
         policy=policy,
         objective=PlackettLuce(beta=0.3),
-        settings=SETTINGS,
+        settings=replace(SETTINGS, epochs=setting.epochs),
         mixture=Mixture(types=setting.types, rounds=4, crossfit=crossfit, seed=setting.seed),
         start=STARTS[setting.start],
         allow_unidentified=True,
@@ -142,8 +129,8 @@ def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict
     return {
         "seconds": time.perf_counter() - began,
         "loglik_per_judgement": fitted.loglik / fitted.scored,
-        "round_1_ari": adjusted_rand_index(truth, first.argmax(-1)),
-        "ari": adjusted_rand_index(truth, fitted.gamma.argmax(-1)),
+        "round_1_ari": em.adjusted_rand_index(truth, first.argmax(-1)),
+        "ari": em.adjusted_rand_index(truth, fitted.gamma.argmax(-1)),
         "round_1_accuracy": em.type_accuracy(truth, first),
         "accuracy": em.type_accuracy(truth, fitted.gamma),
     }
@@ -158,6 +145,7 @@ def settings_of(given: argparse.Namespace) -> list[Setting]:
             start=start,
             annotators=given.annotators,
             types=given.types,
+            epochs=given.epochs,
             seed=seed,
         )
         for seed in given.seeds
@@ -177,6 +165,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=["clusters"])
     parser.add_argument("--annotators", type=int, default=32)
     parser.add_argument("--types", type=int, choices=[2, 3], default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     return parser.parse_args()
 
@@ -196,7 +185,8 @@ def main() -> None:
         found.append(one)
         print(
             f"{setting.judgements:3d} {setting.form:<8}{setting.start:<19}"
-            f"{setting.annotators:4d} annotators, {setting.types} types, seed {setting.seed}: "
+            f"{setting.annotators:4d} annotators, {setting.types} types, "
+            f"{setting.epochs} epochs, seed {setting.seed}: "
             f"ARI {one['round_1_ari']:6.3f} -> {one['ari']:6.3f}, accuracy {one['accuracy']:.3f}, "
             f"{one['loglik_per_judgement']:.3f} nats a judgement, {one['seconds']:.0f} s",
             flush=True,

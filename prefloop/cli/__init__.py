@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "Train a policy on comparisons.",
     "label": "Rank answers by hand, on a local page.",
     "online": "Rounds of sample, score, select and train.",
+    "heads": "Which model of disagreement predicts held-out votes, in minutes.",
     "mixture": "Find types of annotators who disagree, and train a policy for each.",
     "aggregate": "One policy from the types of a mixture, fair to the worst-off.",
     "evaluate": "Compare a trained policy with its reference.",

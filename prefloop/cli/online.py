@@ -137,7 +137,7 @@ class Online:
                 rows=self.rows,
             ),
             rule=parse(self.rule, RULES),
-            cut=Cut(fraction=1.0, budget=self.budget),
+            cut=Cut(fraction=1.0, budget=self.budget, price="prompt"),
             seed=self.loop.seed,
         )
 

@@ -268,7 +268,11 @@ def _parquet(path: Path) -> Columnar:
     from pyarrow import parquet
 
     def batches(names: Sequence[str], rows: int) -> Iterator[Any]:
-        with _arrow_errors(path, "a Parquet file"), parquet.ParquetFile(path) as file:
+        # Read buffered, or a column of a whole row group is in memory at once.
+        with (
+            _arrow_errors(path, "a Parquet file"),
+            parquet.ParquetFile(path, buffer_size=1 << 20) as file,
+        ):
             yield from file.iter_batches(batch_size=rows, columns=list(names))
 
     with _arrow_errors(path, "a Parquet file"):

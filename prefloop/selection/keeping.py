@@ -51,20 +51,20 @@ def ranking(scores: Float[Tensor, " P"], keep: End, threshold: float = 0.0) -> I
 
 
 def affordable(
-    order: Int[Tensor, " C"], cost: Int[Tensor, " P"], budget: float
+    order: Int[Tensor, " C"], cost: Int[Tensor, " P"], budget: int
 ) -> Int[Tensor, " C2"]:
     """The longest beginning of `order` whose costs together stay within `budget`."""
     return order[cost[order].cumsum(0) <= budget]
 
 
 def within_quotas(
-    order: Int[Tensor, " C"], cost: Int[Tensor, " P"], budget: float, quotas: Sequence[Quota]
+    order: Int[Tensor, " C"], cost: Int[Tensor, " P"], budget: int, quotas: Sequence[Quota]
 ) -> Kept:
     """Down `order`, every prompt that its groups' quotas and then the budget can still pay for.
 
     A prompt that a quota keeps out costs nothing; at the first that the budget cannot pay, it ends.
     """
-    spent = [[0.0] * (int(quota.group.max()) + 1) for quota in quotas]
+    spent = [[0] * (int(quota.group.max()) + 1) for quota in quotas]
     kept: list[int] = []
     refused: list[int] = []
     left = budget

@@ -1,0 +1,157 @@
+"""Which prompts are kept, once each has a score: the end of the ranking, a budget, quotas."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from prefloop.selection import (
+    Kept,
+    Quota,
+    affordable,
+    rank_weights,
+    ranking,
+    within_quotas,
+)
+from prefloop.selection.keeping import End
+from prefloop.types import UserError
+
+PRICES = {
+    "pairs": "each of its N (N - 1) / 2 pairs of responses is compared",
+    "responses": "each of its N responses is judged",
+    "prompt": "one judgement a prompt, as of the best against the worst",
+}
+"""How many labels a prompt with N responses costs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotaOf:
+    """At most so much for each value of a column.
+
+    Attributes:
+        column: an annotator, a topic: a text or a number a row.
+        most: labels from 1 on, a share of the budget below 1.
+    """
+
+    column: str
+    most: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.most < float("inf"):
+            raise UserError(f"quota of {self.column}: must be positive and finite, got {self.most}")
+
+    def __str__(self) -> str:
+        return f"{self.column}={self.most:g}"
+
+
+def parse_quota(text: str) -> QuotaOf:
+    """`annotator=100` or `topic=0.2` as a quota."""
+    column, _, most = text.partition("=")
+    try:
+        return QuotaOf(column=column.strip(), most=float(most))
+    except ValueError:
+        raise UserError(
+            f"quota {text!r}: write it as COLUMN=LABELS, annotator=100, or as a share of the "
+            "budget, topic=0.2"
+        ) from None
+
+
+class Candidates(NamedTuple):
+    """What a cut sees of the prompts that passed the filters.
+
+    Attributes:
+        scores: of the rule.
+        responses: how many each prompt has.
+        groups: for each quota the group of each prompt.
+    """
+
+    scores: Float[Tensor, " P"]
+    responses: Int[Tensor, " P"]
+    groups: tuple[Int[Tensor, " P"], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Which scores are kept.
+
+    Attributes:
+        keep: the highest, the lowest, or all of at least `threshold`.
+        fraction: share of the prompts, rounded down, in (0, 1].
+        budget: labels; 0 leaves it to `fraction`.
+        threshold: in the units of the rule.
+        price: labels that a prompt with N responses costs, one of `PRICES`.
+        quotas: at most so much for each annotator or topic.
+        spread: keep what lies far apart among the `spread` times as many that are most wanted; 1
+            keeps the most wanted.
+    """
+
+    keep: End = "top"
+    fraction: float = 0.5
+    budget: int = 0
+    threshold: float = 0.0
+    price: Literal["pairs", "responses", "prompt"] = "pairs"
+    quotas: tuple[QuotaOf, ...] = ()
+    spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"fraction must be in (0, 1], got {self.fraction}")
+        if self.budget < 0:
+            raise UserError(f"budget must not be negative, got {self.budget}")
+        if not 1 <= self.spread < float("inf"):
+            raise UserError(f"spread must be 1 or more, got {self.spread}")
+        if self.spread > 1 and self.quotas:
+            raise UserError("spread and quotas are not combined: take one of them")
+        if self.spread > 1 and self.keep == "above":
+            raise UserError("spread needs a number to keep: use it with top or bottom")
+
+    def costs(self, responses: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
+        """What each prompt costs in the unit of `limit`: labels, or prompts without a budget."""
+        if not self.budget or self.price == "prompt":
+            return torch.ones_like(responses)
+        return responses if self.price == "responses" else responses * (responses - 1) // 2
+
+    def limit(self, prompts: int) -> int:
+        """How much may be spent on these prompts."""
+        if self.budget:
+            return self.budget
+        if self.keep == "above":
+            return prompts
+        return int(self.fraction * prompts)
+
+    def order(self, found: Candidates) -> Int[Tensor, " C"]:
+        """Places of the candidates, the most wanted first."""
+        return ranking(found.scores, self.keep, self.threshold)
+
+    def pool(self, order: Int[Tensor, " C"], found: Candidates) -> Int[Tensor, " C2"]:
+        """The most wanted that `spread` chooses from."""
+        limit = int(self.spread * self.limit(len(found.scores)))
+        return affordable(order, self.costs(found.responses), limit)
+
+    def take(self, order: Int[Tensor, " C"], found: Candidates) -> Kept:
+        """Down `order`, what the budget and the quotas pay for."""
+        cost, limit = self.costs(found.responses), self.limit(len(found.scores))
+        if not self.quotas:
+            return Kept(affordable(order, cost, limit), torch.empty(0, dtype=torch.long))
+        quotas = [
+            Quota(group, quota.most if quota.most >= 1 else quota.most * limit)
+            for quota, group in zip(self.quotas, found.groups, strict=True)
+        ]
+        return within_quotas(order, cost, limit, quotas)
+
+    def kept(self, found: Candidates) -> Bool[Tensor, " P"]:
+        """Which candidates are kept, without a spread: what another rule would have kept."""
+        mask = torch.zeros(len(found.scores), dtype=torch.bool)
+        mask[self.take(self.order(found), found).places] = True
+        return mask
+
+    def weights(self, scores: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+        """A weight a prompt instead of a cut, see `selection.rank_weights`."""
+        if self.keep == "above" or self.budget or self.quotas or self.spread > 1:
+            raise UserError(
+                "weights keep every prompt, so they take no threshold, budget, quota or spread; "
+                "leave those out, and set how much the highest count by --fraction"
+            )
+        return rank_weights(scores, self.fraction, self.keep)

@@ -71,7 +71,7 @@ class CausalBackbone:
 
     def train(
         self, rows: Sequence[Comparison], held_out: Sequence[Comparison], folder: Path, seed: int
-    ) -> Mapping[str, float]:
+    ) -> Mapping[str, int | float]:
         """Train one member on `rows` by their weights and save it in `folder`; its last metrics.
 
         Goes on from the newest checkpoint in `folder`/training, if there is one.

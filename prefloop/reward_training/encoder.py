@@ -1,7 +1,9 @@
 """Heads on a frozen sentence encoder, fitted to the whole data at once in float64.
 
 A linear head is a convex problem with one answer; a hidden layer starts from a seed. Both are
-solved by L-BFGS. Identical judgements are one row with a larger weight.
+solved by L-BFGS. Identical judgements are one row with a larger weight. Each feature loses
+its mean and is divided by its standard deviation and by the square root of its width, so that one
+number (length) and hundreds (a product of embeddings) weigh alike before the data say more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +22,17 @@ from prefloop.data import split
 from prefloop.errors import UserError
 from prefloop.reward_training.losses import Loss
 from prefloop.rewards.encoders import SentenceEncoder
-from prefloop.rewards.heads import Head, prompt_text, read_features, refuse_unknown_features
+from prefloop.rewards.heads import (
+    Head,
+    prompt_text,
+    read_features,
+    refuse_unknown_features,
+    widths,
+)
 from prefloop.rewards.trained import HEAD
 from prefloop.types import Comparison, Judgement, Tokenized, judgement
 
-PRIORS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+PRIORS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Strengths of the pull to 0 that are tried where none is given."""
 INNER = 0.2
 """Share of the prompts on which they are compared."""
@@ -73,7 +81,7 @@ class EncoderBackbone:
 
     def train(
         self, rows: Sequence[Comparison], held_out: Sequence[Comparison], folder: Path, seed: int
-    ) -> Mapping[str, float]:
+    ) -> Mapping[str, int | float]:
         """Fit one head to `rows` by their weights and save it in `folder`; what it came to."""
         table = Rows(self, rows)
         l2 = self.l2 or self._best_l2(rows, seed)
@@ -87,7 +95,7 @@ class EncoderBackbone:
 
     def fit(self, table: "Rows", l2: float, seed: int) -> tuple[Head, float]:
         """The head that minimises mean loss + l2/2 |weights|^2, and its mean loss."""
-        start, build = _parametrised(table.features, self.hidden, seed)
+        start, build = _parametrised(*table.standard(), self.hidden, seed)
 
         def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
             weights = torch.from_numpy(flat).clone().requires_grad_()
@@ -134,6 +142,13 @@ class Rows:
         self.features: Float[Tensor, "U F"] = read_features(
             backbone.encoder, backbone.features, list(texts), backbone.on_texts
         )
+        self.widths = widths(backbone.encoder, backbone.features)
+
+    def standard(self) -> tuple[Float[Tensor, " F"], Float[Tensor, " F"]]:
+        """What is taken from each feature, and what it is divided by then."""
+        parts = self.features.split(list(self.widths), dim=-1)
+        spread = [part.std(0).clamp(min=1e-6) * part.shape[1] ** 0.5 for part in parts]
+        return self.features.mean(0), torch.cat(spread)
 
     def loss(self, head: Head) -> Float[Tensor, ""]:
         """Weighted mean loss of the rows, in the graph of the head's weights."""
@@ -148,21 +163,19 @@ class Rows:
 
 
 def _parametrised(
-    features: Float[Tensor, "U F"], hidden: int, seed: int
+    shift: Float[Tensor, " F"], scale: Float[Tensor, " F"], hidden: int, seed: int
 ) -> tuple[Float[Tensor, " M"], Callable[[Tensor], Head]]:
     """Where the search begins, and how a flat vector becomes a head."""
-    scale = features.std(0).clamp(min=1e-6)
-    width = features.shape[1]
+    width = len(scale)
     if not hidden:
-        return torch.zeros(width, dtype=torch.float64), lambda flat: Head(scale, flat)
+        return torch.zeros(width, dtype=torch.float64), lambda flat: Head(shift, scale, flat)
     rng = torch.Generator().manual_seed(seed)
     start = torch.randn(hidden * (width + 2), generator=rng, dtype=torch.float64)
-    start[: hidden * width] /= width**0.5
     start[hidden * width :] *= 0.1
 
     def build(flat: Tensor) -> Head:
         layer, bias, output = flat.split([hidden * width, hidden, hidden])
-        return Head(scale, output, layer.reshape(hidden, width), bias)
+        return Head(shift, scale, output, layer.reshape(hidden, width), bias)
 
     return start, build
 

@@ -41,7 +41,7 @@ class Backbone(Protocol):
 
     def train(
         self, rows: Sequence[Comparison], held_out: Sequence[Comparison], folder: Path, seed: int
-    ) -> Mapping[str, float]:
+    ) -> Mapping[str, int | float]:
         """Train on `rows` by their weights, save as `folder`; numbers of the result."""
         ...
 
@@ -93,7 +93,7 @@ class RewardTraining:
 
     def _member(
         self, number: int, rows: Sequence[Comparison], held_out: Sequence[Comparison]
-    ) -> Mapping[str, float]:
+    ) -> Mapping[str, int | float]:
         folder = self.out / "reward" / f"member-{number + 1}"
         if not (folder / SUMMARY).is_file():
             told = self.backbone.train(rows, held_out, folder, self.seed + number)
@@ -103,7 +103,7 @@ class RewardTraining:
         self.on_member(number + 1)
         return read_json(folder / SUMMARY)
 
-    def _write_metrics(self, summaries: Iterable[Mapping[str, float]]) -> None:
+    def _write_metrics(self, summaries: Iterable[Mapping[str, int | float]]) -> None:
         curve = self.out / "reward" / "member-1" / "metrics.jsonl"
         if curve.is_file():
             shutil.copyfile(curve, self.out / "metrics.jsonl")

@@ -49,9 +49,9 @@ class RewardScorer(nn.Module):
         count, width, longest = table_shape(batch)
         parts, places = [], []
         for sheet in self.engine.sheets(way, batch):
-            at_ends = replace(sheet, source=_ends(sheet))
-            parts.append(way.states(self.engine.model, at_ends))
-            places.append((sheet.place // longest).unique_consecutive())
+            ends = _ends(sheet, longest)
+            parts.append(way.states(self.engine.model, ends))
+            places.append(ends.place)
         states = torch.cat(parts)
         rewards = self.head(states.to(self.head.weight.dtype)).squeeze(-1).float()
         place = torch.cat(places).to(rewards.device)
@@ -65,12 +65,17 @@ class RewardScorer(nn.Module):
         return OneARow() if isinstance(way, FullLogits) else way
 
 
-def _ends(sheet: Sheet) -> Tensor:
-    """Flat index into (R, L) of the last token of every response, in the order of the sheet."""
+def _ends(sheet: Sheet, longest: int) -> Sheet:
+    """The sheet with just the last token of every response as what is asked for.
+
+    `source` is that token itself, and `place` a flat index into (B, N).
+    """
     segment = sheet.segment
     following = torch.full_like(segment, -1)
     following[:, :-1] = segment[:, 1:]
-    return ((segment > 0) & (segment != following)).flatten().nonzero().flatten()
+    ends = ((segment > 0) & (segment != following)).flatten().nonzero().flatten()
+    place = (sheet.place // longest).unique_consecutive()
+    return replace(sheet, source=ends, target=sheet.tokens.flatten()[ends], place=place)
 
 
 def new_head(width: int, seed: int) -> nn.Linear:

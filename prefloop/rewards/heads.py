@@ -48,6 +48,11 @@ def read_features(
     return torch.cat([FEATURES[name](prompt, response, words) for name in names], dim=-1)
 
 
+def widths(encoder: SentenceEncoder, names: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of each feature."""
+    return tuple(1 if name == "length" else encoder.width for name in names)
+
+
 def prompt_text(prompt: Prompt) -> str:
     """The prompt as one text; of a chat, its messages one below the other."""
     if isinstance(prompt, str):
@@ -64,15 +69,16 @@ def num_words(text: str) -> int:
 class Head:
     """A reward as a function of features x, float64.
 
-        linear:            r = output . z                         z = x / scale
+        linear:            r = output . z                         z = (x - shift) / scale
         one hidden layer:  r = output . tanh(hidden z + bias)
 
     Attributes:
-        scale: spread of each feature in the training data.
+        shift, scale: what makes the features alike, see `reward_training.encoder`.
         output: weights of the last layer.
         hidden, bias: of the hidden layer, or None.
     """
 
+    shift: Float[Tensor, " F"]
     scale: Float[Tensor, " F"]
     output: Float[Tensor, " H"]
     hidden: Float[Tensor, "H F"] | None = None
@@ -80,7 +86,7 @@ class Head:
 
     def __call__(self, features: Float[Tensor, "U F"]) -> Float[Tensor, " U"]:
         """The reward of each row of features."""
-        scaled = features / self.scale
+        scaled = (features - self.shift) / self.scale
         if self.hidden is None or self.bias is None:
             return scaled @ self.output
         return torch.tanh(scaled @ self.hidden.T + self.bias) @ self.output
@@ -88,6 +94,7 @@ class Head:
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps of it."""
         kept = {
+            "shift": self.shift,
             "scale": self.scale,
             "output": self.output,
             "hidden": self.hidden,

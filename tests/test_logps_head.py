@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefloop.logps import chunked, exact, head
@@ -116,6 +117,37 @@ def test_a_second_derivative_is_refused_where_the_graph_would_call_it_zero(train
     (first,) = torch.autograd.grad(token.sum(), hidden, create_graph=True)  # linear in the output
     with pytest.raises(RuntimeError, match="no second derivative; `exact` has"):
         torch.autograd.grad(first.sum(), hidden)
+
+
+@pytest.mark.parametrize("name", ["softcap", "wrapped"])
+def test_derivatives_at_other_weights_are_those_of_the_whole_table(name, chunk):
+    """`functional_call` takes the weights away again before backward makes the chunks anew."""
+    made, (hidden, target) = HEADS[name](), inputs()
+    at = {key: weight.detach() * 2 for key, weight in made.module.named_parameters()}
+
+    def derivatives(logps_of) -> list[torch.Tensor]:
+        leaves = {key: weight.clone().requires_grad_() for key, weight in at.items()}
+        called = Called(made, logps_of)
+        token = functional_call(
+            called, {f"module.{k}": v for k, v in leaves.items()}, (hidden, target)
+        )
+        over = [hidden, *leaves.values()]
+        first = torch.autograd.grad(token.square().sum(), over, create_graph=True)
+        return [*first, *torch.autograd.grad(first, over, [torch.ones_like(one) for one in first])]
+
+    for found, expected in zip(derivatives(chunked), derivatives(exact), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Called(torch.nn.Module):
+    """Log-probabilities by a head, as a module whose weights can be exchanged."""
+
+    def __init__(self, made: Head, logps_of):
+        super().__init__()
+        self.module, self.made, self.logps_of = made.module, made, logps_of
+
+    def forward(self, hidden, target):
+        return self.logps_of(self.made, hidden, target, False)[0]
 
 
 def test_the_exact_head_has_a_second_derivative():

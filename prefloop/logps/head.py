@@ -7,12 +7,14 @@ in. To add a way to compute: write a function of type `LogpsOf`.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 64 * 2**20  # one chunk of float32 logits: large enough for a full-speed product
@@ -66,8 +68,9 @@ def chunked(
     """The same numbers and first derivatives as `exact`, with a chunk of logits in memory.
 
     A plain linear head is fused. A head with something around it (an adapter, a saved copy, a
-    sharded weight, a softcap) is called as the module it is, under activation checkpointing.
-    A second derivative through a fused head raises RuntimeError: use `exact`.
+    sharded weight, a softcap) is called as the module it is, under activation checkpointing, and
+    has derivatives of any order. A second derivative through a fused head raises RuntimeError: use
+    `exact`.
     """
     if _is_plain_linear(head):
         assert isinstance(head.module, nn.Linear)
@@ -79,12 +82,45 @@ def chunked(
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             return _Fused.apply(hidden, weight, bias, target, with_collision)
+    whole = _as_it_is_now(head)
     parts = [
-        checkpoint(exact, head, hidden[some], target[some], with_collision, use_reentrant=False)
+        checkpoint(whole, hidden[some], target[some], with_collision, use_reentrant=False)
         for some in _chunks(len(target), head.vocabulary)
     ]
     token = torch.cat([part for part, _ in parts])
     return token, torch.cat([part for _, part in parts]) if with_collision else None
+
+
+def _as_it_is_now(head: Head) -> Callable[[Tensor, Tensor, bool], Scored]:
+    """`exact` of the head with the weights of this moment, whenever it is called.
+
+    Backward computes it again. `torch.func.functional_call` has put the module's own weights back
+    by then: the derivatives would be taken at those, and silently of them. Sharded weights are
+    gathered by the module itself.
+    """
+    held: dict[str, Tensor] = dict(head.module.named_parameters())
+
+    def again(hidden: Tensor, target: Tensor, with_collision: bool) -> Scored:
+        now = dict(head.module.named_parameters())
+        gathered = any(isinstance(weight, DTensor) for weight in held.values())
+        if gathered or all(now[name] is weight for name, weight in held.items()):
+            return exact(head, hidden, target, with_collision)
+        module = _Holding(head.module, held)
+        return exact(replace(head, module=module), hidden, target, with_collision)
+
+    return again
+
+
+class _Holding(nn.Module):
+    """A module called with other weights than its own."""
+
+    def __init__(self, module: nn.Module, held: dict[str, Tensor]):
+        super().__init__()
+        self.inner = (module,)  # in a tuple: not a submodule, its weights are not ours
+        self.held = held
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional_call(self.inner[0], self.held, (hidden,))
 
 
 def _is_plain_linear(head: Head) -> bool:

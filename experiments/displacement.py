@@ -37,9 +37,9 @@ from prefloop.trainer import Gradient, backward
 from prefloop.training import Handling, Training, prepare
 from prefloop.types import Comparison
 
-ALIKE, ANSWER_WORDS, PROMPT_WORDS = 0.5, 30, 55
-TRAIN, HELD_OUT = 24, 16
-LR, BATCH, STEPS, BETA = 5e-4, 4, 90, 0.1
+ALIKE, ANSWER_WORDS, PROMPT_WORDS = 0.5, 20, 45
+TRAIN, HELD_OUT = 12, 12
+LR, BATCH, STEPS, BETA = 5e-4, 4, 36, 0.1
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,8 @@ def test_accuracy_length_and_uncertainty_are_counted_by_hand():
     assert bias.correlation == pytest.approx((4 - 2 - 1) / math.sqrt(6 * 9))
     assert (bias.people, bias.model) == (wilson(2, 3), wilson(1, 3))
     assert (bias.longer, bias.shorter) == (wilson(1, 2), wilson(1, 1))
-    # agree most: spreads 0 and 0, the margins -1 and 0; least: 0.5 and 3
-    assert (found.sure, found.unsure) == (wilson(0, 2), wilson(2, 2))
+    # |margin| / spread is 4, 1/3, infinite and 0: surest are the first and the third
+    assert (found.sure, found.unsure) == (wilson(1, 2), wilson(1, 2))
     names = [row["name"] for row in found.rows()]
     assert names[0] == "accuracy, held out"
     assert "accuracy where the shorter was chosen, held out" in names

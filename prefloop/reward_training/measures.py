@@ -135,8 +135,8 @@ class Measured:
         members: accuracy of each member alone.
         calibration: of sigmoid(margin) as a probability.
         length: its length bias, None where lengths never differ.
-        sure, unsure: accuracy on the half of the pairs with the smaller and with the larger spread
-            over the members; None for one member.
+        sure, unsure: accuracy on the half of the pairs where the margin is largest against its
+            spread over the members, and on the other half; None for one member.
     """
 
     name: str
@@ -163,7 +163,7 @@ class Measured:
                 "longer preferred by the reward": self.length.model,
             }
             found += [value.row(name + of, "share") for name, value in told.items() if value]
-        told = {"the members agree most": self.sure, "they agree least": self.unsure}
+        told = {"the members are surest": self.sure, "they are least sure": self.unsure}
         found += [v.row(f"accuracy where {name}{of}", "share") for name, v in told.items() if v]
         return found
 
@@ -172,7 +172,8 @@ def measure(name: str, pairs: Pairs) -> Measured:
     """Every number of a part of the data."""
     sure = unsure = None
     if len(pairs.margins) > 1 and len(pairs.longer) > 1:
-        order = pairs.spread.argsort(stable=True)
+        certainty = pairs.margin.abs() / pairs.spread.clamp(min=1e-12)
+        order = certainty.argsort(descending=True, stable=True)
         half = torch.zeros(len(order), dtype=torch.bool)
         half[order[: len(order) // 2]] = True
         sure, unsure = accuracy(pairs.only(half)), accuracy(pairs.only(~half))

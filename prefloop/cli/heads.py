@@ -21,7 +21,7 @@ class Heads:
     out: Path
     """Folder for heads.json and the annotators' types; refused if it holds a run."""
     encoder: str = ""
-    """Folder or hub name of a text encoder; empty: the length of an answer is all that is read."""
+    """Sentence encoder: minilm, a folder or a hub name; empty reads the length of answers only."""
     types: int = 3
     """Most types of LinearTypes and of PrototypeMixture; 1 to this many are compared."""
     directions: int = 64
@@ -76,8 +76,9 @@ class Heads:
     def _votes(self) -> "PairVotes":
         from prefloop import data
         from prefloop.errors import UserError
-        from prefloop.heads import answer_features, load_encoder, pair_votes
+        from prefloop.heads import answer_features, pair_votes
         from prefloop.mixture import with_annotators
+        from prefloop.rewards.encoders import load_encoder
 
         read = data.read(self.data, data.parse_columns(self.columns))
         rows = with_annotators(read, self.annotator_missing)

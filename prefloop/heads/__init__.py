@@ -7,7 +7,7 @@ itself and returns a `Predictor`. To add one: the class, and its name in `HEADS`
 
 from prefloop.heads.comparing import Compared, Folds, Told, compare, line_up, told
 from prefloop.heads.descent import Descent, GeneralPreference, PrototypeMixture
-from prefloop.heads.encoder import Encoder, answer_features, load_encoder
+from prefloop.heads.features import answer_features
 from prefloop.heads.linear import FittedTypes, LinearTypes
 from prefloop.heads.section import heads_section
 from prefloop.heads.votes import PairVotes, Predictor, pair_votes
@@ -19,7 +19,6 @@ __all__ = [
     "HEADS",
     "Compared",
     "Descent",
-    "Encoder",
     "FittedTypes",
     "Folds",
     "GeneralPreference",
@@ -32,7 +31,6 @@ __all__ = [
     "compare",
     "heads_section",
     "line_up",
-    "load_encoder",
     "pair_votes",
     "told",
 ]

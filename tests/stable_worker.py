@@ -3,6 +3,7 @@
 torchrun --nproc-per-node N stable_worker.py OUT
 """
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from prefloop.logps import Scorer
 from prefloop.logps.head import exact
 from prefloop.objectives import DPO
 from prefloop.settings import TrainSettings
-from prefloop.stable import Adaptive, Hinge, OneStep, StableGradient
+from prefloop.stable import Adaptive, FixedLevel, Hinge, OneStep, StableGradient
 from prefloop.trainer import build_trainer
 from prefloop.types import Logps, score
 
@@ -37,7 +38,8 @@ def main(out: Path) -> None:
     settings = TrainSettings(lr=0.01, max_grad_norm=1e9)
     found = {}
     for solver in SOLVERS:
-        gradient = StableGradient(solver=solver, value=0.0)  # always outside the region
+        # Always outside the region.
+        gradient = StableGradient(solver=solver, level=FixedLevel(nats=0.0))
         scorer = Scorer(model, head=exact)
         trainer = build_trainer(scorer, DPO(), reference, settings, accelerator, gradient)
         metrics = trainer.step(rows, 0, 0.0)
@@ -52,4 +54,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(240)  # a worker that hangs says where
     main(Path(sys.argv[1]))

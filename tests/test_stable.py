@@ -468,6 +468,14 @@ def test_sharded_parameters_are_refused(monkeypatch):
         trainer.step(world.rows, 0, 0.0)
 
 
+def test_activations_that_are_computed_again_are_refused():
+    world = language_model()
+    trainer = world.trainer(DPO(), StableGradient(solver=OneStepFirstOrder()), 10**6)
+    world.scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(UserError, match=r"activation checkpointing, which is on in .*layers.0"):
+        trainer.step(world.rows, 0, 0.0)
+
+
 @pytest.mark.slow
 def test_two_processes_find_the_direction_of_one(tmp_path):
     worker = Path(__file__).with_name("stable_worker.py")

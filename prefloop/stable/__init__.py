@@ -14,6 +14,15 @@ References:
 """
 
 from prefloop.stable.bilevel import Bilevel, Losses, Params, sft_optimum
+from prefloop.stable.levels import (
+    LEVELS,
+    FixedLevel,
+    InnerLevel,
+    Level,
+    Memory,
+    ReferenceLevel,
+    RunningLevel,
+)
 from prefloop.stable.objective import ConstantPull, SafeRegion, SafeRegionEach, Stable
 from prefloop.stable.solvers import (
     Adaptive,
@@ -27,7 +36,7 @@ from prefloop.stable.solvers import (
     Solver,
     Step,
 )
-from prefloop.stable.training import StableGradient
+from prefloop.stable.training import Demonstrations, StableGradient
 
 OBJECTIVES: tuple[type, ...] = (Stable, SafeRegion, SafeRegionEach, ConstantPull)
 """What an objective may be written with on the command line, besides the objectives."""
@@ -45,20 +54,28 @@ SOLVERS: tuple[type, ...] = (
 """Every solver, and the Hessian products of `OneStep`, for the command line."""
 
 __all__ = [
+    "LEVELS",
     "OBJECTIVES",
     "SOLVERS",
     "Adaptive",
     "Alternating",
     "Bilevel",
     "ConstantPull",
+    "Demonstrations",
     "DifferenceProduct",
     "ExactProduct",
+    "FixedLevel",
     "Hinge",
+    "InnerLevel",
+    "Level",
     "Losses",
+    "Memory",
     "OneStep",
     "OneStepFirstOrder",
     "Params",
     "Penalty",
+    "ReferenceLevel",
+    "RunningLevel",
     "SafeRegion",
     "SafeRegionEach",
     "Solver",

@@ -47,15 +47,23 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
     }
 
 
-def save(folder: Path, state: Mapping[str, dict[str, Tensor]], step: int) -> Path:
-    """Write one checkpoint and delete the older ones; one process calls this."""
+def save(
+    folder: Path,
+    state: Mapping[str, dict[str, Tensor]],
+    step: int,
+    remembered: Mapping[str, float],
+) -> Path:
+    """Write one checkpoint and delete the older ones; one process calls this.
+
+    `remembered` is what the gradient looks back on, empty for one that does not.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for name, tensors in state.items():
         save_file(tensors, temporary / f"{name}.safetensors")
-    write_json(temporary / "state.json", {"step": step})
+    write_json(temporary / "state.json", {"step": step, "remembered": dict(remembered)})
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     for older in finished(folder)[:-1]:
@@ -103,6 +111,11 @@ def _trained(model: nn.Module) -> set[str]:
         for name, value in model.named_parameters()
         if value.requires_grad
     }
+
+
+def remembered(folder: Path) -> dict[str, float]:
+    """What the gradient looked back on when the newest checkpoint of `folder` was written."""
+    return read_json(finished(folder)[-1] / "state.json").get("remembered", {})
 
 
 def _nested(

@@ -7,7 +7,7 @@ data. Bilevel training, EM and online training are outer loops around it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -45,11 +45,13 @@ class Passes:
         filler: a row to run where this process has fewer passes than another.
         scale: what a summed loss is multiplied with, so that the gradient averaged over
             processes is that of the mean over the global batch: processes / comparisons.
+        number: of the optimizer step; the first is 0.
     """
 
     parts: list[list[Tokenized]]
     filler: Tokenized
     scale: float
+    number: int
 
 
 @runtime_checkable
@@ -57,6 +59,15 @@ class Gradient(Protocol):
     """Fills `.grad` of the scorer's parameters for one optimizer step."""
 
     def __call__(self, trainer: "Trainer", passes: Passes) -> Totals: ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A gradient that looks back on the steps before; a checkpoint keeps what it remembers."""
+
+    def remembered(self) -> dict[str, float]: ...
+
+    def remember(self, kept: Mapping[str, float]) -> None: ...
 
 
 @dataclass
@@ -105,7 +116,7 @@ class Trainer:
             parts = [list(batch)]
         else:
             parts = forward_passes(batch, processes, self.settings.token_budget)[rank]
-        passes = Passes(parts, min(batch, key=_size), processes / len(batch))
+        passes = Passes(parts, min(batch, key=_size), processes / len(batch), number)
         self.scorer.train()
         self.optimizer.zero_grad(set_to_none=True)
         with seeded(derived_seed(self.settings.seed, 1 + number, rank), self.accelerator.device):

@@ -6,7 +6,7 @@ run/checkpoint/     the newest checkpoint
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -16,7 +16,7 @@ import torch
 
 from prefloop.runs import append_jsonl, read_jsonl, write_jsonl
 from prefloop.trainer import checkpoint
-from prefloop.trainer.loop import Metrics, Trainer, global_batch, total_steps
+from prefloop.trainer.loop import Metrics, Remembering, Trainer, global_batch, total_steps
 from prefloop.trainer.plan import steps_per_epoch
 from prefloop.types import Tokenized, UserError
 
@@ -65,6 +65,7 @@ def fit(
     done = 0
     if checkpoint.finished(saved):
         done = checkpoint.load(saved, _bare(trainer), trainer.optimizer)
+        _look_back(trainer, checkpoint.remembered(saved))
     metrics = _rewind(trainer, log, done)
     save_every = trainer.settings.save_every or max(1, total // 10)
     with _CtrlC(trainer) as pressed:
@@ -124,9 +125,16 @@ def _log_evaluation(
 
 def _save(trainer: Trainer, folder: Path, step: int) -> None:
     state = checkpoint.gather(_bare(trainer), trainer.optimizer)
+    gradient = trainer.gradient
+    remembered = gradient.remembered() if isinstance(gradient, Remembering) else {}
     if trainer.accelerator.is_main_process:
-        checkpoint.save(folder, state, step)
+        checkpoint.save(folder, state, step, remembered)
     trainer.accelerator.wait_for_everyone()
+
+
+def _look_back(trainer: Trainer, remembered: Mapping[str, float]) -> None:
+    if isinstance(trainer.gradient, Remembering) and remembered:
+        trainer.gradient.remember(remembered)
 
 
 def _bare(trainer: Trainer) -> torch.nn.Module:

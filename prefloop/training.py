@@ -28,9 +28,6 @@ from prefloop.trainer import Gradient, Progress, backward, build_trainer, fit
 from prefloop.trainer.loop import Metrics, Reference
 from prefloop.types import Comparison, Tokenized, UserError
 
-CARRIED = 64 * 2**20
-"""Largest file of a selection that is copied into a run, in bytes."""
-
 Pairs = Literal["best-worst", "all"]
 PAIRS = {"best-worst": best_vs_worst, "all": with_ranks}
 """Which responses are ordered where a row has scores: the two ends, or all of them."""
@@ -172,10 +169,9 @@ class Training:
 
 def carry_selection(data: Path, out: Path) -> None:
     """Copy what `prefloop select` left beside `data` into the run, so that its report shows it."""
-    for name in ("selection.json", "selected.jsonl"):
-        beside = data.parent / name
-        if beside.is_file() and beside.stat().st_size <= CARRIED:
-            shutil.copyfile(beside, out / name)
+    beside = data.parent / "selection.json"
+    if beside.is_file():
+        shutil.copyfile(beside, out / beside.name)
 
 
 def reference_of(

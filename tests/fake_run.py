@@ -21,8 +21,7 @@ def fake_run(folder: Path, steps: int = 20, text: str = "Tell me of the sea.") -
     document(folder, "config", {"command": "train", "settings": settings, "provenance": versions})
     lines(folder, "metrics", metrics(steps))
     document(folder, "evaluation", evaluation(text))
-    document(folder, "selection", {"rule": "PVar(scale=1.0)", "keep": "top", "cut": 0.1})
-    lines(folder, "selected", selected(text))
+    document(folder, "selection", selection(text))
     sample = {"prompt": text, "before": text, "after": text, "reward_before": 0.1}
     chat = {"prompt": [{"role": "user", "content": text}], "before": "", "after": "Warm!"}
     lines(folder, "samples", [{**sample, "reward_after": 0.9}, chat])
@@ -78,20 +77,46 @@ def evaluation(text: str) -> dict[str, Any]:
     }
 
 
-def selected(text: str) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": str(place),
+def selection(text: str) -> dict[str, Any]:
+    """Eight prompts of PVar 0, 0.025, ..., the upper half kept."""
+
+    def example(group: str, place: int) -> dict[str, Any]:
+        return {
+            "group": group,
+            "row": place + 1,
             "prompt": f"{text} {place}",
-            "responses": [text, text],
-            "scores": [0.5, place / 10],
-            "pvar": place * 0.025,
+            "rewards": [0.5, place / 10],
+            "score": place * 0.025,
+            "measures": {"pvar": place * 0.025, "pvar_se": None},
             "weight": float(place >= 4),
             "kept": place >= 4,
-            "reason": "above the cut" if place >= 4 else "below the cut",
+            "reason": f"{text}: PVar is place {8 - place} of 8",
         }
-        for place in range(8)
-    ]
+
+    return {
+        "rule": "PVar(scale=1.0)",
+        "keep": "top",
+        "weights": False,
+        "cut": 0.1,
+        "kept": 4,
+        "total": 8,
+        "labels": 4,
+        "budget": 5,
+        "price": "pairs",
+        "lowest": 0.0,
+        "highest": 0.175,
+        "values": [place * 0.025 for place in range(8)],
+        "why": {"kept": 4, "left out: beyond the cut": 3, f"left out: {text}": 1},
+        "rules": ["PVar(scale=1.0)", "RewardGap()"],
+        "overlap": [[1.0, 0.5], [0.5, 1.0]],
+        "quotas": [{"quota": "topic=3", "group": text, "rows": 5, "kept": 3, "labels": 3}],
+        "examples": [
+            example("most wanted", 7),
+            example("last kept", 4),
+            example("least wanted", 0),
+        ],
+        "file": "selected.jsonl",
+    }
 
 
 def types(text: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_run import HOSTILE, document, evaluation, fake_run, lines, metrics
+from fake_run import HOSTILE, document, evaluation, fake_run, lines, metrics, selection
 
 from prefloop.cli import main
 from prefloop.report import report, write_report
@@ -107,10 +107,16 @@ def test_the_share_bar_is_where_the_numbers_are(text):
 
 def test_selection_counts_and_shows_both_ends(page):
     assert "4 of 8 prompts were kept (PVar(scale=1.0))." in page.text
-    assert "above the cut" in page.text
-    highest, lowest = page.text.index("Highest PVar"), page.text.index("Lowest PVar")
+    assert "left out: beyond the cut 3 37.5 %" in page.text
+    highest, lowest = (page.text.index(f"{end} wanted by PVar") for end in ("Most", "Least"))
     assert "sea. 7" in page.text[highest:lowest]
     assert "sea. 0" in page.text[lowest : lowest + 200]
+
+
+def test_selection_shows_what_was_spent_the_quotas_and_what_rules_agree_on(page):
+    assert "4 of 5 labels are spent (a prompt costs by pairs)." in page.text
+    assert "topic=3" in page.text
+    assert "What the rules agree on" in page.text
 
 
 def test_a_written_section_may_hold_numbers_with_intervals(tmp_path):
@@ -120,15 +126,18 @@ def test_a_written_section_may_hold_numbers_with_intervals(tmp_path):
     assert "ann 50.0 % [25.0 %, 75.0 %] bob \u2013" in page.text
 
 
-def test_selection_by_another_rule_reads_its_own_column(tmp_path):
+def test_selection_from_below_draws_its_cut_the_other_way_round(tmp_path):
+    whole = selection("The sea?")
+    below = {"rule": "RewardGap()", "keep": "bottom", "cut": 0.05, "kept": 3}
+    page = Page(report([only(tmp_path, selection=whole | below)]))
+    assert "3 of 8 prompts were kept (RewardGap())." in page.text
+    assert "at or below 0.05 above" in page.text
+
+
+def test_a_selection_of_an_earlier_version_is_refused(tmp_path):
     run = only(tmp_path, selection={"rule": "RewardGap()", "keep": "bottom", "cut": 0.3})
-    rows = [{"prompt": f"p{gap}", "rewardgap": gap / 10, "kept": gap <= 3} for gap in range(9)]
-    lines(run, "selected", rows)
-    page = Page(report([run]))
-    assert "4 of 9 prompts were kept (RewardGap())." in page.text
-    assert "at or below 0.3 above" in page.text
-    assert "Highest RewardGap prompt rewards RewardGap p8 0.8" in page.text
-    assert "Lowest RewardGap prompt rewards RewardGap p0 0" in page.text
+    with pytest.raises(UserError, match=r"has no kept, total, values.*Select again"):
+        report([run])
 
 
 def test_gaps_are_counted_in_words(page):

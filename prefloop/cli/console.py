@@ -19,8 +19,9 @@ EVERY = 20.0  # seconds between plain lines where there is no terminal
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to call with how much is done; the bar goes away at the end."""
+def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A function to call with how much is done (of `total`, if it is known before); the bar goes
+    away at the end."""
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield _plain(what, total)
@@ -37,7 +38,8 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.update(task, completed=done)
 
 
-def _plain(what: str, total: int) -> Callable[[int], None]:
+def _plain(what: str, total: int | None) -> Callable[[int], None]:
+    of = "" if total is None else f"/{total}"
     started = last = time.monotonic()
 
     def step(done: int) -> None:
@@ -45,6 +47,6 @@ def _plain(what: str, total: int) -> Callable[[int], None]:
         now = time.monotonic()
         if now - last >= EVERY or done == total:
             last = now
-            print(f"{what} {done}/{total}, {now - started:.0f} s", file=sys.stderr, flush=True)
+            print(f"{what} {done}{of}, {now - started:.0f} s", file=sys.stderr, flush=True)
 
     return step

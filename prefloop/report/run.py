@@ -19,7 +19,7 @@ FILES = {
     "metrics.jsonl": ("training curves", "prefloop train"),
     "evaluation.json": ("results with intervals, reward against KL", "prefloop evaluate"),
     "samples.jsonl": ("answers before and after", "prefloop evaluate"),
-    "selected.jsonl": ("which prompts were kept", "prefloop select"),
+    "selection.json": ("which prompts were kept", "prefloop select"),
     "diagnosis.json": ("what training did to the probabilities", "prefloop diagnose"),
     "reproduction.json": ("claims of a paper, checked", "prefloop reproduce"),
 }
@@ -36,7 +36,7 @@ class Run:
         config: {"command", "settings", "provenance"}.
         metrics: one row a step, in order; rows of one step are one, the later line wins.
         evaluation: {"result": [...], "reward_kl": [...]}.
-        selection: {"rule", "threshold", "kept", "total", ...}.
+        selection: {"rule", "cut", "kept", "total", "values", "why", "examples", ...}.
         diagnosis: {"verdict": [...], "numbers": {...}, "sections": [...]}.
         reproduction: {"name", "claims", "tables", "figures"}.
         sections: of every `*.section.json`, by file name.

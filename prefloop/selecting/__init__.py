@@ -1,6 +1,6 @@
 """Selection over a file of any size: measure row by row, choose, write.
 
-scan      what rules and filters measure, block by block; shared by processes, resumable
+scanning  what rules and filters measure, block by block; shared by processes, resumable
 choosing  the cut, quotas, spread; what other rules would have kept
 writing   every row with score, weight and reason
 summary   selection.json: what reports and `--explain` show
@@ -19,8 +19,8 @@ from prefloop.data.blocks import is_columnar
 from prefloop.runs import read_json, write_json
 from prefloop.selecting.choosing import Choice, choose, reasons
 from prefloop.selecting.cut import PRICES, Candidates, Cut, QuotaOf, parse_quota
-from prefloop.selecting.scan import Scan, gather, scan
-from prefloop.selecting.summary import examples, summary
+from prefloop.selecting.scanning import Scan, gather, scan
+from prefloop.selecting.summary import examples, summarise
 from prefloop.selecting.writing import Verdicts, write_arrow_rows, write_text_rows
 from prefloop.selection import Filter, Rule
 from prefloop.shares import Worker
@@ -92,7 +92,7 @@ class Selecting:
         shown = examples(choice)
         write = write_arrow_rows if is_columnar(source) else write_text_rows
         file = write(source, out, verdicts, shown)
-        found = summary(work, self.cut, self.weights, verdicts, shown)
+        found = summarise(work, self.cut, self.weights, verdicts, shown)
         return {**found, "file": file.name}
 
 

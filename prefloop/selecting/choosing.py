@@ -11,7 +11,7 @@ from torch import Tensor
 from prefloop.data.blocks import Sizes, blocks
 from prefloop.selecting.columns import table_of
 from prefloop.selecting.cut import Candidates, Cut
-from prefloop.selecting.scan import Measured
+from prefloop.selecting.scanning import Measured
 from prefloop.selection import Filter, Rule, k_centres, overlap
 
 KEPT, BEYOND, QUOTA, NEARER, FILTERED = range(5)

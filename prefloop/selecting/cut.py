@@ -50,12 +50,13 @@ def parse_quota(text: str) -> QuotaOf:
     """`annotator=100` or `topic=0.2` as a quota."""
     column, _, most = text.partition("=")
     try:
-        return QuotaOf(column=column.strip(), most=float(most))
+        number = float(most)
     except ValueError:
         raise UserError(
             f"quota {text!r}: write it as COLUMN=LABELS, annotator=100, or as a share of the "
             "budget, topic=0.2"
         ) from None
+    return QuotaOf(column=column.strip(), most=number)
 
 
 class Candidates(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 from prefloop.selecting.choosing import Choice
 from prefloop.selecting.cut import Cut
-from prefloop.selecting.scan import Measured, Scan
+from prefloop.selecting.scanning import Measured, Scan
 from prefloop.selecting.writing import Examples, Verdicts
 
 SHOWN = 1000
@@ -26,13 +26,14 @@ def examples(choice: Choice) -> Examples:
     places = choice.place
     ranked = places.argsort(stable=True)[(places == 0).sum() :]  # the most wanted first
     kept = choice.kept[ranked]
-    groups = {"most wanted": ranked[:ENDS], "least wanted": ranked[-ENDS:]}
+    groups = {"most wanted": ranked[:ENDS]}
     if not kept.all():
         groups |= {"last kept": ranked[kept][-BORDER:], "first left out": ranked[~kept][:BORDER]}
+    groups["least wanted"] = ranked[-ENDS:]
     return Examples({name: rows.tolist() for name, rows in groups.items()})
 
 
-def summary(
+def summarise(
     work: Scan, cut: Cut, weights: bool, verdicts: Verdicts, shown: Examples
 ) -> dict[str, Any]:
     """The content of selection.json, from a finished choice."""

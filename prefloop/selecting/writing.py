@@ -14,7 +14,7 @@ from prefloop.data import as_row
 from prefloop.data.blocks import ArrowBlock, Block, Sizes, TextBlock, blocks, column_names
 from prefloop.runs import write_jsonl
 from prefloop.selecting.choosing import KEPT, Choice
-from prefloop.selecting.scan import Measured
+from prefloop.selecting.scanning import Measured
 from prefloop.selection import Rule
 
 ROWS = Sizes(text=1024, columns=8192)

@@ -1,108 +1,123 @@
-"""Which prompts were kept for labelling: the distribution of the score, the cut, both ends."""
+"""Which prompts were kept for labelling: the distribution of the score, the cut, what was cut."""
 
-import heapq
-import math
-from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-from prefloop.report.pages.answers import prompt_text
 from prefloop.report.run import Run
-from prefloop.report.section import Histogram, Section, Table
+from prefloop.report.section import Heatmap, Histogram, Interval, Section, Table
 from prefloop.report.words import number, shorten
+from prefloop.types import UserError
 
-ENDS = 3
-Entry: TypeAlias = tuple[float, int, Mapping[str, Any]]
+NEEDED = ("rule", "kept", "total", "values", "why", "examples")
 
 
 def selection(runs: Sequence[Run]) -> list[Section]:
     """One section for each run that selected, since their cuts differ."""
-    return [
-        _of_run(run).under(run.name, runs) for run in runs if "selected.jsonl" not in run.absent
-    ]
-
-
-class _Tally:
-    """What one pass over the rows leaves: a number a row, counts, and the rows at both ends."""
-
-    def __init__(self, column: str) -> None:
-        self.column = column
-        self.total = 0
-        self.kept = 0
-        self.scores = array("d")
-        self.reasons: Counter[tuple[str, str]] = Counter()
-        self.highest: list[Entry] = []
-        self.lowest: list[Entry] = []
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        keeps = bool(row.get("kept", True))
-        self.total += 1
-        self.kept += keeps
-        self.reasons["kept" if keeps else "left out", str(row.get("reason") or "")] += 1
-        score = row.get(self.column)
-        if isinstance(score, int | float) and math.isfinite(score):
-            self.scores.append(score)
-            _hold(self.highest, (score, -self.total, row))
-            _hold(self.lowest, (-score, -self.total, row))
+    return [_of_run(run).under(run.name, runs) for run in runs if run.selection]
 
 
 def _of_run(run: Run) -> Section:
-    rule = str(run.selection.get("rule") or "PVar()")
-    name = rule.split("(")[0]
-    tally = _Tally(column=name.lower())
-    for row in run.rows("selected.jsonl"):
-        tally.add(row)
-    why = tuple((what, reason, count) for (what, reason), count in tally.reasons.most_common())
-    tables = [Table(title="Why", columns=("decision", "reason", "prompts"), rows=why)]
-    if tally.scores:
-        tables += [
-            _examples(f"Highest {name}", tally.highest, name),
-            _examples(f"Lowest {name}", tally.lowest, name),
-        ]
-    unscored = tally.total - len(tally.scores)
-    histogram = Histogram(
-        title=f"{name} of the prompts",
-        x_label=name,
-        values=tuple(tally.scores),
-        cut=_cut(run.selection),
-        below=run.selection.get("keep") == "bottom",
-        note=f"{unscored} prompts have no finite score and are not drawn." if unscored else "",
-    )
+    found = run.selection
+    if missing := [key for key in NEEDED if key not in found]:
+        raise UserError(
+            f"{run.folder / 'selection.json'}: has no {', '.join(missing)}; it is not of this "
+            "version of prefloop select. Select again"
+        )
+    name = str(found["rule"]).split("(")[0]
+    below = found.get("keep") == "bottom"
+    tables = [_why(found), *_quotas(found)]
+    tables += [
+        _examples(f"{group.capitalize()} by {name}", rows) for group, rows in _groups(found).items()
+    ]
+    figures = [
+        Histogram(
+            title=f"{name} of the prompts",
+            x_label=name,
+            values=tuple(found["values"]),
+            cut=found.get("cut"),
+            below=below,
+            note=_note(found),
+        ),
+        *_overlap(found),
+    ]
+    weighted = "weighted" if found.get("weights") else "kept"
     return Section(
         title="Selection",
-        lead=f"{tally.kept} of {tally.total} prompts were kept ({rule}).",
+        lead=f"{found['kept']} of {found['total']} prompts were {weighted} ({found['rule']}).",
+        note=_spent(found),
         tables=tuple(tables),
-        figures=(histogram,) if tally.scores else (),
+        figures=tuple(figures),
     )
 
 
-def _hold(heap: list[Entry], entry: Entry) -> None:
-    """Hold the `ENDS` largest entries; their second place is unique, so rows are not compared."""
-    if len(heap) < ENDS:
-        heapq.heappush(heap, entry)
-    else:
-        heapq.heappushpop(heap, entry)
-
-
-def _examples(title: str, heap: list[Entry], name: str) -> Table:
+def _why(found: Mapping[str, Any]) -> Table:
     rows = tuple(
-        (shorten(prompt_text(row.get("prompt")), 160), _rewards(row), float(row[name.lower()]))
-        for _, _, row in sorted(heap, reverse=True)
+        (why, count, Interval(value=count / found["total"], unit="share"))
+        for why, count in found["why"].items()
     )
-    return Table(title=title, columns=("prompt", "rewards", name), rows=rows)
+    return Table(title="Why", columns=("reason", "prompts", "share"), rows=rows)
 
 
-def _rewards(row: Mapping[str, Any]) -> str:
-    scores = row.get("scores")
-    if not isinstance(scores, list):
+def _quotas(found: Mapping[str, Any]) -> list[Table]:
+    rows = tuple(
+        (one["quota"], one["group"], one["rows"], one["kept"], one["labels"])
+        for one in found.get("quotas", ())
+    )
+    columns = ("quota", "group", "prompts", "kept", "labels")
+    return [Table(title="Quotas, the largest groups", columns=columns, rows=rows)] if rows else []
+
+
+def _groups(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for example in found["examples"]:
+        groups.setdefault(example["group"], []).append(example)
+    return groups
+
+
+def _examples(title: str, examples: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
+        (
+            shorten(example["prompt"], 160),
+            ", ".join(number(value, 3) for value in example.get("rewards") or ()),
+            example["score"],
+            example["reason"],
+        )
+        for example in examples
+    )
+    return Table(title=title, columns=("prompt", "rewards", "score", "reason"), rows=rows)
+
+
+def _overlap(found: Mapping[str, Any]) -> list[Heatmap]:
+    rules = tuple(found.get("rules", ()))
+    overlap = found.get("overlap", ())
+    if len(rules) < 2 or not overlap:
+        return []
+    chance = found["kept"] / found["total"]
+    return [
+        Heatmap(
+            title="What the rules agree on",
+            rows=rules,
+            columns=rules,
+            values=tuple(tuple(row) for row in overlap),
+            note=(
+                "Of the prompts that the rule of the row keeps, the share that the rule of the "
+                f"column keeps by the same cut. Rules that know nothing of each other: {chance:.2f}"
+            ),
+        )
+    ]
+
+
+def _note(found: Mapping[str, Any]) -> str:
+    drawn, passed = len(found["values"]), found["total"]
+    if drawn == passed:
         return ""
-    return ", ".join(number(value, 3) for value in scores if isinstance(value, int | float))
+    return f"{drawn} evenly spaced scores stand for those of all prompts that were scored."
 
 
-def _cut(selection: Mapping[str, Any]) -> float | None:
-    for key in ("cut", "threshold"):
-        value = selection.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
-    return None
+def _spent(found: Mapping[str, Any]) -> str:
+    if not found.get("budget"):
+        return ""
+    return (
+        f"{found['labels']} of {found['budget']} labels are spent (a prompt costs by "
+        f"{found['price']})."
+    )

@@ -74,7 +74,7 @@ class Measured:
     """
 
     passed: Bool[Tensor, " P"]
-    measures: tuple[Float[Tensor, "P C"], ...]
+    measures: tuple[Float[Tensor, "P _"], ...]
     count: Int[Tensor, " P"]
     groups: tuple[Int[Tensor, " P"], ...]
     names: tuple[tuple[str, ...], ...]

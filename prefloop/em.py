@@ -54,8 +54,23 @@ class Round:
     belief: Belief
 
 
+def soft(belief: Belief) -> Float[Tensor, "*G I K"]:
+    """What the next M-step trains on: every annotator counts for each type as far as it is one."""
+    return belief.responsibilities
+
+
+def hard(belief: Belief) -> Float[Tensor, "*G I K"]:
+    """Every annotator counts for its likeliest type only, as in MaxMin-RLHF (arXiv 2402.08925)."""
+    types = belief.responsibilities.shape[-1]
+    likeliest = belief.responsibilities.argmax(-1)
+    return torch.nn.functional.one_hot(likeliest, types).to(belief.responsibilities)
+
+
 def rounds(
-    fit: Callable[[Tensor, int], Tensor], start: Float[Tensor, "*G I K"], count: int
+    fit: Callable[[Tensor, int], Tensor],
+    start: Float[Tensor, "*G I K"],
+    count: int,
+    assign: Callable[[Belief], Tensor] = soft,
 ) -> Iterator[Round]:
     """Run `count` rounds of EM, handing out each one.
 
@@ -64,12 +79,13 @@ def rounds(
             returns the log-likelihood (*G, I, K) of each annotator's judgements under each.
         start: responsibilities of the first M-step.
         count: rounds to run.
+        assign: `soft`, or `hard`: whom the next M-step counts for which type.
     """
     gamma = start
     for number in range(count):
         shares = type_shares(gamma)
         belief = responsibilities(fit(gamma, number), shares)
-        gamma = belief.responsibilities
+        gamma = assign(belief)
         yield Round(number, shares, belief)
 
 

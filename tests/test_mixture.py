@@ -17,6 +17,7 @@ from prefloop.mixture import (
     Mixture,
     Steps,
     Votes,
+    refuse_processes,
     refuse_unlearnable,
     run_em,
     with_annotators,
@@ -102,6 +103,29 @@ def test_crossfitting_scores_the_half_that_was_not_trained_on_and_leaves_a_rando
     fitted = run_em(tabular_steps(), votes, mixture, start, tmp_path)
     assert fitted.scored == len(votes.rows) // 2
     assert em.type_accuracy(truth, fitted.gamma) >= 10 / 12
+
+
+def test_hard_assignment_trains_each_type_on_its_likeliest_annotators_alone(tmp_path):
+    votes, truth = planted(annotators=6, votes=4)
+    start = torch.where(truth.unsqueeze(-1) == torch.arange(2), 0.6, 0.4).double()
+    mixture = Mixture(types=2, rounds=2, assign="hard")
+    fitted = run_em(tabular_steps(), votes, mixture, start, tmp_path / "em")
+    first = fitted.history[0].belief.responsibilities
+    assert ((first > 0.01) & (first < 0.99)).any()  # soft types would train on both
+    likeliest = first.argmax(-1)
+    for kind in (0, 1):
+        steps = tabular_steps()
+        steps.train(votes.where(likeliest[votes.annotator] == kind).rows, tmp_path / str(kind))
+        assert torch.equal(load_file(fitted.weights(kind + 1))["logits"], steps.weights()["logits"])
+
+
+def test_several_processes_are_refused_with_the_reason():
+    class Two(Accelerator):
+        num_processes = property(lambda self: 2)  # pyright: ignore[reportAssignmentType]
+
+    with pytest.raises(UserError, match="trained by one process, since its types take turns"):
+        refuse_processes(Two(cpu=True))
+    refuse_processes(Accelerator(cpu=True))
 
 
 def test_one_hot_responsibilities_train_each_type_on_its_cluster_alone(tmp_path):
@@ -200,7 +224,7 @@ def test_votes_become_the_mean_direction_of_each_annotator():
 
 def test_more_types_than_annotators_are_refused():
     votes, _ = planted(annotators=3, votes=2)
-    with pytest.raises(UserError, match="--types 4 is more than the 3 annotators"):
+    with pytest.raises(UserError, match="4 types are more than the 3 annotators"):
         refuse_unlearnable(votes, 4, allow_unidentified=True)
 
 

@@ -139,7 +139,7 @@ def test_several_starts_keep_the_likeliest_and_a_dirichlet_start_runs(model, vot
 def test_the_number_of_types_is_chosen_by_held_out_votes(model, votes, folder, capsys):
     out = folder / "auto"
     strong = ["--objective", "PlackettLuce(beta=1.0)", "--rounds", "1"]
-    assert train(model, votes, out, "--auto", "--types", "2", *strong) == 0
+    assert train(model, votes, out, "--types", "auto", "--most-types", "2", *strong) == 0
     said = read_json(out / "types.json")
     one, two = said["candidates"]
     assert said["chosen"] == 2
@@ -159,7 +159,7 @@ def test_going_on_with_a_finished_run_changes_nothing(run, model, votes):
     ("change", "message"),
     [
         ({"annotator": None}, "no annotator, as in 24 of 24 rows"),
-        ({"annotator": "me"}, "more than the 1 annotators"),
+        ({"annotator": "me"}, "2 types are more than the 1 annotators"),
     ],
 )
 def test_votes_that_cannot_be_used_write_nothing(change, message, model, folder, capsys):

@@ -27,12 +27,12 @@ class Mixture:
     """Judgements with annotators: pairs, best of several, rankings, in any mix."""
     out: Path
     """Run folder; refused if it holds a run."""
-    types: int = 2
-    """Types of annotators; 1 is plain training on everybody. --auto tries 1 to this many."""
-    auto: bool = False
-    """Choose the number of types by the likelihood of held-out judgements."""
+    types: int | Literal["auto"] = 2
+    """Types of annotators; 1 is plain training on everybody; auto: by held-out likelihood."""
+    most_types: int = 5
+    """Most types that --types auto tries; never more than there are annotators."""
     folds: int = 2
-    """Parts that --auto divides each annotator's judgements into; each is held out once."""
+    """Parts that --types auto divides each annotator's votes into; each is held out once."""
     rounds: int = 5
     """Rounds of EM; 1 with Clusters() is cluster-then-DPO."""
     start: str = "Clusters()"
@@ -41,6 +41,8 @@ class Mixture:
     """Starts with seeds of their own; that of the highest likelihood is kept."""
     warm: bool = False
     """Train each type on from the round before; otherwise each round starts from --model."""
+    assign: Literal["soft", "hard"] = "soft"
+    """soft: types train on everybody, weighted; hard: on their likeliest people, as MaxMin-RLHF."""
     crossfit: bool = False
     """Train on half of each annotator's judgements, score the other, swap; for random starts."""
     annotator_missing: Literal["refuse", "own"] = "refuse"
@@ -76,6 +78,7 @@ class Mixture:
             MixtureTraining,
             Votes,
             choose_types,
+            refuse_processes,
             refuse_unlearnable,
         )
         from prefloop.mixture import Mixture as EM
@@ -86,17 +89,20 @@ class Mixture:
 
         objective, start = parse(self.objective, ALL), parse(self.start, STARTS)
         refuse_no_likelihood(objective)
+        accelerator = accelerator_for((), self.out, "no")
+        refuse_processes(accelerator)
+        policy = self._policy(accelerator.device)
+        rows = self._rows(policy, objective)
+        votes = Votes.of(rows)
         em = EM(
-            types=self.types,
+            types=self._types(len(votes.names)),
             rounds=self.rounds,
             warm=self.warm,
+            assign=self.assign,
             crossfit=self.crossfit,
             seed=self.loop.seed,
         )
-        accelerator = accelerator_for((), self.out, "no")
-        policy = self._policy(accelerator.device)
-        rows = self._rows(policy, objective)
-        refuse_unlearnable(Votes.of(rows), self.types, self.allow_unidentified)
+        refuse_unlearnable(votes, em.types, self.allow_unidentified)
         start_run(self.out, "mixture", settings(self), self.resume)
         training = MixtureTraining(
             policy=policy,
@@ -110,9 +116,12 @@ class Mixture:
             out=self.out,
             on_round=_say_round,
         )
-        if self.auto:
+        if self.types == "auto":
             training = choose_types(training, rows, self.folds, print)
         _say(training, training(rows))
+
+    def _types(self, annotators: int) -> int:
+        return min(self.most_types, annotators) if self.types == "auto" else self.types
 
     def _policy(self, device: "torch.device") -> "Policy":
         import torch

@@ -4,7 +4,7 @@ from prefloop.mixture.choosing import choose_types
 from prefloop.mixture.rounds import Fitted, Mixture, run_em
 from prefloop.mixture.starts import STARTS, Clusters, Dirichlet, Given, Start
 from prefloop.mixture.steps import LIKELIHOODS, Steps
-from prefloop.mixture.training import MixtureTraining
+from prefloop.mixture.training import MixtureTraining, refuse_processes
 from prefloop.mixture.votes import Votes, informative, refuse_unlearnable, with_annotators
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Votes",
     "choose_types",
     "informative",
+    "refuse_processes",
     "refuse_unlearnable",
     "run_em",
     "with_annotators",

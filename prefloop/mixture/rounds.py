@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +37,9 @@ ROUNDS = "rounds.jsonl"
 RESPONSIBILITIES = "responsibilities.jsonl"
 
 
+ASSIGN = {"soft": em.soft, "hard": em.hard}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """How EM is run.
@@ -46,6 +49,8 @@ class Mixture:
         rounds: M- and E-steps; the authors' code takes 5.
         warm: train each type on from the round before; otherwise from the policy of the start, as
             the authors' code does.
+        assign: "soft" trains every type on everybody as far as they are of it; "hard" on those
+            who are likeliest of it, as MaxMin-RLHF does.
         crossfit: train on half of each annotator's judgements and score the other half, the halves
             swapped each round, so that votes that were trained on do not freeze a random start.
         seed: of the halves, and of a random start.
@@ -54,6 +59,7 @@ class Mixture:
     types: int = 2
     rounds: int = 5
     warm: bool = False
+    assign: Literal["soft", "hard"] = "soft"
     crossfit: bool = False
     seed: int = 0
 
@@ -122,7 +128,7 @@ def run_em(
     folder.mkdir(parents=True, exist_ok=True)
     work = _Work(steps, votes, mixture, folder)
     history: list[em.Round] = []
-    for done in em.rounds(work.fit, start, mixture.rounds):
+    for done in em.rounds(work.fit, start, mixture.rounds, ASSIGN[mixture.assign]):
         history.append(done)
         _write(folder, votes, history, work.scored_count())
         on_round(done)

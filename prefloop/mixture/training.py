@@ -32,7 +32,7 @@ from prefloop.runs import write_json
 from prefloop.settings import TrainSettings
 from prefloop.trainer import Progress
 from prefloop.training import reference_of
-from prefloop.types import Tokenized
+from prefloop.types import Tokenized, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class MixtureTraining:
         mixture: the numbers of EM.
         start: who is of which type at first.
         restarts: how many starts with seeds of their own; that of the highest likelihood is kept.
+            No penalty is taken off it: the likelihoods of `steps.LIKELIHOODS` carry none.
         allow_unidentified: go on with one binary judgement an annotator.
         accelerator: devices and processes.
         out: the run folder.
@@ -63,6 +64,9 @@ class MixtureTraining:
     out: Path
     on_step: Callable[[Progress], None] = lambda progress: None
     on_round: Callable[[em.Round], None] = lambda done: None
+
+    def __post_init__(self) -> None:
+        refuse_processes(self.accelerator)
 
     def __call__(self, rows: Sequence[Tokenized]) -> Fitted:
         """Find the types of the annotators of `rows`, and save a policy for each."""
@@ -137,3 +141,17 @@ class MixtureTraining:
             "objective": repr(self.objective),
             "model": self.policy.name,
         }
+
+
+def refuse_processes(accelerator: Accelerator) -> None:
+    """Types take turns in one place and write the same files: one process does that, not several.
+
+    Raises:
+        UserError: `torchrun` or `accelerate launch` started more than one.
+    """
+    if accelerator.num_processes > 1:
+        raise UserError(
+            "a mixture is trained by one process, since its types take turns in the same weights "
+            f"and files; found {accelerator.num_processes}. Start it without torchrun or "
+            "accelerate launch"
+        )

@@ -95,7 +95,7 @@ def refuse_unlearnable(votes: Votes, types: int, allow_unidentified: bool) -> No
     """
     if types > len(votes.names):
         raise UserError(
-            f"--types {types} is more than the {len(votes.names)} annotators of the data; ask for "
+            f"{types} types are more than the {len(votes.names)} annotators of the data; ask for "
             f"{len(votes.names)} types or fewer, or collect votes of more people"
         )
     if types == 1 or allow_unidentified or informative(votes):

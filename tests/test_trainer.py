@@ -5,13 +5,14 @@ import math
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from prefloop.logps import Scorer
 from prefloop.objectives import DPO, SFT, PlackettLuce
 from prefloop.runs import read_jsonl
 from prefloop.tabular import TabularPolicy, comparison_rows
 from prefloop.trainer import NonFiniteError, TrainSettings, build_trainer, fit
+from prefloop.trainer.build import refuse_deepspeed
 from prefloop.trainer.plan import batch_indices, derived_seed, forward_passes, shares
 from prefloop.types import Logps, Tokenized, UserError, score
 
@@ -251,6 +252,12 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path):
 
     with pytest.raises(UserError, match="another model"):
         fit(trainer(Two()), rows(), [], tmp_path)
+
+
+def test_deepspeed_is_refused_with_what_shards_instead():
+    with pytest.raises(UserError, match="FSDP2 shards the same"):
+        refuse_deepspeed(DistributedType.DEEPSPEED)
+    refuse_deepspeed(DistributedType.FSDP)
 
 
 @pytest.mark.parametrize(

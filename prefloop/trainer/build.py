@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from prefloop.objectives import Objective
@@ -53,8 +53,24 @@ def accelerator_for(trackers: tuple[str, ...], folder: Path, precision: str) -> 
         precision: "no", "bf16" or "fp16" autocast.
     """
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision, log_with=list(trackers) or None, project_dir=folder
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"--trackers or --precision cannot be used here: {error}") from error
+    refuse_deepspeed(accelerator.distributed_type)
+    return accelerator
+
+
+def refuse_deepspeed(kind: DistributedType) -> None:
+    """Refuse an engine that steps the optimizer inside backward.
+
+    There a loss or gradient that is no number would reach the weights before it is seen, and its
+    checkpoints are pickles.
+    """
+    if kind == DistributedType.DEEPSPEED:
+        raise UserError(
+            "DeepSpeed moves the weights inside its backward pass, before a loss or gradient that "
+            "is no number can be refused, and keeps checkpoints as pickles; it is not supported. "
+            "FSDP2 shards the same things: accelerate launch --use_fsdp --fsdp_version 2"
+        )

@@ -1,4 +1,4 @@
-"""What a training run will need in memory, measured on a few rows before the first step."""
+"""What a training run will need in memory, measured on one row before the first step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from prefloop.settings import TrainSettings
 from prefloop.trainer.plan import batch_indices, forward_passes, steps_per_epoch, tokens
 from prefloop.types import Tokenized, UserError, score
 
-PROBE_TOKENS = 256
+PROBE_TOKENS = 64
 PROBE_STEPS = 32
 ADAMW_STATE = 3  # a gradient and two moments for each trained weight
 GIB = 2**30
@@ -53,7 +53,7 @@ def estimate(
     processes: int = 1,
     sharded: bool = False,
 ) -> Memory:
-    """What an optimizer step will need, from one forward pass over a few of its rows.
+    """What an optimizer step will need, from a forward pass over one short row.
 
     The forward pass counts the bytes that autograd keeps; they grow with the tokens of a pass, so
     the largest pass of the first steps needs them times tokens over tokens. An estimate: attention
@@ -83,14 +83,9 @@ def estimate(
 
 
 def _probe(rows: Sequence[Tokenized]) -> list[Tokenized]:
-    """The first rows, until they have tokens enough to measure with."""
-    taken, count = [], 0
-    for row in rows:
-        taken.append(row)
-        count += tokens(row)
-        if count >= PROBE_TOKENS:
-            break
-    return taken
+    """The shortest row that has tokens enough to measure with, or the longest there is."""
+    enough = [row for row in rows if tokens(row) >= PROBE_TOKENS]
+    return [min(enough, key=tokens) if enough else max(rows, key=tokens)]
 
 
 def _kept(scorer: nn.Module, batch: Sequence[Tokenized]) -> int:

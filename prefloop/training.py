@@ -134,6 +134,7 @@ class Training:
         gradient: how an update is computed; the bilevel solvers bring their own.
         on_step: called after every optimizer step.
         reference: what stands for pi_ref, of (policy, rows, settings); `reference_of` when None.
+        demonstrations: rows besides the comparisons that the gradient asks the reference for.
     """
 
     policy: Policy
@@ -144,6 +145,7 @@ class Training:
     gradient: Gradient = backward
     on_step: Callable[[Progress], None] = lambda progress: None
     reference: Callable[[Policy, Sequence[Tokenized], TrainSettings], Reference] | None = None
+    demonstrations: Sequence[Tokenized] = ()
 
     def __call__(self, rows: Sequence[Tokenized], held_out: Sequence[Tokenized] = ()) -> Metrics:
         """Train on `rows`, save the policy; the last metrics.
@@ -155,7 +157,8 @@ class Training:
         reference = None
         if self.objective.needs_reference or self.settings.log_displacement:
             referred = self.reference or reference_of
-            reference = referred(self.policy, [*rows, *held_out], self.settings)
+            asked = [*rows, *held_out, *self.demonstrations]
+            reference = referred(self.policy, asked, self.settings)
         scorer = self.policy.scorer(None, with_collision=self.objective.needs_collision)
         trainer = build_trainer(
             scorer, self.objective, reference, self.settings, self.accelerator, self.gradient

@@ -295,6 +295,20 @@ def test_training_may_be_kept_to_the_region_that_sft_allows(model, tmp_path, sol
     assert all("stable/excess" in row for row in logged)
 
 
+def test_the_region_may_be_of_demonstrations_and_need_no_reference(model, tmp_path, capsys):
+    data, shown = comparisons(tmp_path / "data.jsonl"), tmp_path / "shown.jsonl"
+    write_jsonl(
+        shown, [{"prompt": "w1 w2", "completion": f"w{n}", "label": True} for n in range(3)]
+    )
+    options = ["--stable", "Hinge()", "--stable-level", "RunningLevel(decay=0.9)"]
+    options += ["--demonstrations", str(shown), "--objective", "SimPO()"]
+    assert train(model, data, tmp_path / "run", *options, "--no-log-displacement") == 0
+    logged = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in row]
+    assert all("stable/sft" in row and "displacement/chosen" not in row for row in logged)
+    assert train(model, data, tmp_path / "no", "--demonstrations", str(shown)) == 2
+    assert "is of no use without a solver" in capsys.readouterr().err
+
+
 def test_the_region_may_be_part_of_the_objective(model, tmp_path):
     data = comparisons(tmp_path / "data.jsonl")
     plain = "Stable(objective=DPO(beta=0.1), pull=ConstantPull(lam=0.0))"

@@ -70,6 +70,10 @@ def test_the_other_levels_remember_nothing():
         (lambda: InnerLevel(steps=0), "1 step or more of positive length, got steps=0"),
         (lambda: InnerLevel(step=-1.0), "got steps=3, step=-1.0"),
         (lambda: Demonstrations(rows=()), "there is no demonstration"),
+        (
+            lambda: Demonstrations(rows=[tiny.row(3, (2,))]),
+            "row-0: no response of this demonstration is ranked first, labelled good or scored",
+        ),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(make, message):

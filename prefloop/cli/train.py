@@ -35,6 +35,12 @@ class Train:
     stable: str = ""
     """Keep to the region that SFT allows, by a solver of Stable Preference Optimization: Hinge(),
     Penalty(lam=0.2), OneStep(), OneStepFirstOrder(), Alternating(), Adaptive(); "" for none."""
+    stable_level: str = "ReferenceLevel()"
+    """Where --stable takes the lowest SFT loss from: ReferenceLevel(), the reference's own on the
+    same responses; FixedLevel(nats=12.5); RunningLevel(decay=0.99) or InnerLevel(steps=3), which
+    need no reference."""
+    demonstrations: Path | None = None
+    """Rows whose good or best responses are the SFT of --stable; the chosen ones by default."""
     held_out: Path | None = None
     """Comparisons to evaluate on, never trained on."""
     held_out_share: float = 0.1
@@ -80,6 +86,7 @@ class Train:
         policy = self._policy(accelerator.device)
         given, aside = self._divided()
         rows, held_out = self._rows(given, aside, policy, objective)
+        shown = self._demonstrations(policy)
         if accelerator.is_main_process:
             start_run(self.out, "train", settings(self), self.resume)
             carry_selection(self.data, self.out)
@@ -98,8 +105,9 @@ class Train:
                 settings=self.loop,
                 accelerator=accelerator,
                 out=self.out,
-                gradient=gradient,
+                gradient=self._shown(gradient, shown),
                 on_step=lambda done: bar(done.step),
+                demonstrations=shown,
             )
             metrics = training(rows.rows, held_out)
         accelerator.end_training()
@@ -110,13 +118,53 @@ class Train:
         """The objective, and how its gradient is computed."""
         from prefloop.expression import parse
         from prefloop.objectives import ALL, PARTS
-        from prefloop.stable import OBJECTIVES, SOLVERS, StableGradient
+        from prefloop.stable import LEVELS, OBJECTIVES, SOLVERS, StableGradient
         from prefloop.trainer import backward
 
         objective = parse(self.objective, (*ALL, *PARTS, *OBJECTIVES))
-        if not self.stable:
-            return objective, backward
-        return objective, StableGradient(solver=parse(self.stable, SOLVERS))
+        level = parse(self.stable_level, LEVELS)
+        if self.stable:
+            return objective, StableGradient(solver=parse(self.stable, SOLVERS), level=level)
+        self._refuse_unread()
+        return objective, backward
+
+    def _refuse_unread(self) -> None:
+        """Without a solver nobody reads its settings."""
+        from prefloop.errors import UserError
+
+        for name, given, default in (
+            ("--stable-level", self.stable_level, type(self).stable_level),
+            ("--demonstrations", self.demonstrations, None),
+        ):
+            if given != default:
+                raise UserError(
+                    f'{name} {given} is of no use without a solver; add --stable "Hinge()"'
+                )
+
+    def _demonstrations(self, policy: "Policy") -> list["Tokenized"]:
+        """What SFT is done on beside the comparisons, in tokens."""
+        from prefloop import data
+
+        if self.demonstrations is None:
+            return []
+        rows, _ = data.tokenize(
+            data.read(self.demonstrations, data.parse_columns(self.columns)),
+            policy.tokenizer,
+            self.max_length or policy.context,
+            data.Overlong(self.overlong),
+            empty=data.Empty(self.empty),
+        )
+        return rows
+
+    def _shown(self, gradient: "Gradient", rows: list["Tokenized"]) -> "Gradient":
+        """The gradient, with demonstrations where they are given."""
+        from dataclasses import replace
+
+        from prefloop.stable import Demonstrations, StableGradient
+
+        if self.demonstrations is None or not isinstance(gradient, StableGradient):
+            return gradient
+        return replace(gradient, demonstrations=Demonstrations(rows))
 
     def _policy(self, device: "torch.device") -> "Policy":
         import torch

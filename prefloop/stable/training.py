@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefloop.stable.bilevel import Bilevel, Losses, LossOf, Params
 from prefloop.stable.levels import Level, Memory, ReferenceLevel, mean_loss
-from prefloop.stable.objective import sft_loss, sft_value
+from prefloop.stable.objective import best_responses, sft_loss, sft_value
 from prefloop.stable.solvers import Hinge, Solver
 from prefloop.trainer import Passes, Trainer
 from prefloop.trainer.metrics import Totals, add_totals
@@ -32,6 +32,12 @@ class Demonstrations:
     def __post_init__(self) -> None:
         if not self.rows:
             raise UserError("there is no demonstration; give one or more, or train without them")
+        for row in self.rows:
+            if not best_responses(judgement([row])).any():
+                raise UserError(
+                    f"{row.place or row.id}: no response of this demonstration is ranked first, "
+                    "labelled good or scored; give it a label of true, or leave the row out"
+                )
 
     def drawn(self, trainer: Trainer, passes: Passes) -> Passes:
         """This process's share of as many demonstrations as the step has comparisons."""

@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "Compare a trained policy with its reference.",
     "diagnose": "Say what training did to the probabilities.",
     "report": "Write one self-contained HTML page from run folders.",
+    "experiment": "Spend the same labels by several rules, and compare what comes out.",
     "reproduce": "Check a paper's claims exactly, in the tabular world.",
     "demo": "The whole loop on a real small model.",
 }

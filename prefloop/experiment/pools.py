@@ -1,0 +1,149 @@
+"""What the arms of one seed share: answers, what the labeller thinks, and rewards for the rules.
+
+A rule never sees the labels that it asks for. It reads a reward: the labeller's own (`label`, as if
+labels were free), a copy of it with noise, or reward models that were trained on other prompts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import torch
+
+from prefloop import data
+from prefloop.reward_training import (
+    BradleyTerry,
+    CausalBackbone,
+    EncoderBackbone,
+    RewardTraining,
+    judged,
+)
+from prefloop.reward_training.run import Backbone
+from prefloop.rewards import Reward, load_trained, score
+from prefloop.rewards.encoders import load_encoder
+from prefloop.settings import TrainSettings
+from prefloop.trainer.build import accelerator_for
+from prefloop.types import Comparison, UserError
+
+LABEL = "label"
+NOISY = "noisy"
+ENCODER = "encoder"
+LENGTH = "length"
+CAUSAL = "causal"
+REWARDS = (LABEL, NOISY, ENCODER, LENGTH, CAUSAL)
+"""Rewards that a rule may read: the labeller's; that with noise; heads on the sentence encoder;
+a head on the length alone; a head on the policy's own model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """How the rewards that rules read are made.
+
+    Attributes:
+        names: which of `REWARDS`.
+        encoder: sentence encoder under the heads.
+        model: causal model under the head `causal`.
+        noise: standard deviation of the noise of `noisy`, in standard deviations of the label's
+            scores over the pool.
+        loop: how the head on a causal model is trained.
+    """
+
+    names: tuple[str, ...]
+    encoder: str
+    model: str
+    noise: float
+    loop: TrainSettings
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.names if name not in REWARDS]:
+            raise UserError(f"rewards holds {unknown[0]!r}; it knows {', '.join(REWARDS)}")
+        if CAUSAL in self.names and not self.model:
+            raise UserError("the reward causal needs a model; give --model, or leave it out")
+
+
+def write_scored(
+    pool: Sequence[Comparison], warm: Sequence[Comparison], rewards: Rewards, out: Path, seed: int
+) -> None:
+    """`out`/scored-NAME.jsonl: the pool with each reward as `scores`; no rank, no label.
+
+    Args:
+        pool: rows to choose from, with the labeller's `scores` where it has any.
+        warm: judged rows on other prompts, that reward models are trained on.
+        rewards: which, and how.
+        out: folder of the seed.
+        seed: of noise and training.
+    """
+    makers: Mapping[str, Callable[[], Reward]] = {
+        ENCODER: lambda: _trained(_heads(rewards, ("response", "product")), warm, out / ENCODER),
+        LENGTH: lambda: _trained(_heads(rewards, ("length",)), warm, out / LENGTH),
+        CAUSAL: lambda: _trained(_causal(rewards, out), warm, out / CAUSAL),
+    }
+    for name in rewards.names:
+        file = out / f"scored-{name}.jsonl"
+        if file.exists():
+            continue
+        if name in (LABEL, NOISY):
+            rows = _from_label(pool, rewards.noise if name == NOISY else 0.0, seed)
+        else:
+            rows = score(pool, makers[name]())
+        data.write(file, (replace(row, rank=None, label=None, ensemble=None) for row in rows))
+
+
+def _from_label(pool: Sequence[Comparison], noise: float, seed: int) -> list[Comparison]:
+    if any(row.scores is None for row in pool):
+        raise UserError(
+            "the rewards label and noisy copy the labeller's scores, and these rows have ranks "
+            "only; take encoder, length or causal"
+        )
+    spread = pstdev([value for row in pool for value in row.scores or ()])
+    return [
+        replace(
+            row,
+            scores=tuple(
+                value + noise * spread * drawn
+                for value, drawn in zip(row.scores or (), _normals(row, seed), strict=True)
+            ),
+        )
+        for row in pool
+    ]
+
+
+def _normals(row: Comparison, seed: int) -> list[float]:
+    told = blake2b(f"{seed}:{row.id}".encode(), digest_size=7).digest()
+    rng = torch.Generator().manual_seed(int.from_bytes(told, "big"))
+    return torch.randn(len(row.responses), generator=rng, dtype=torch.float64).tolist()
+
+
+def _trained(backbone: Backbone, warm: Sequence[Comparison], out: Path) -> Reward:
+    rows = judged(warm, data.with_ranks)
+    RewardTraining(backbone=backbone, members=1, seed=0, out=out)(rows, [])
+    return load_trained(out / "reward")
+
+
+def _heads(rewards: Rewards, features: tuple[str, ...]) -> EncoderBackbone:
+    encoder = load_encoder(rewards.encoder, device="cpu")
+    return EncoderBackbone(encoder=encoder, loss=BradleyTerry(), features=features)
+
+
+def _causal(rewards: Rewards, out: Path) -> CausalBackbone:
+    return CausalBackbone(
+        model=rewards.model,
+        adapter=None,
+        loss=BradleyTerry(),
+        settings=rewards.loop,
+        accelerator=accelerator_for((), out, "no"),
+    )
+
+
+def agreement(pool: Sequence[Comparison], scored: Sequence[Comparison]) -> float:
+    """Share of the labeller's ordered pairs on which the scores agree; a tie counts half."""
+    credits = []
+    for row, told in zip(pool, scored, strict=True):
+        values = told.scores or ()
+        for better, worse in data.ordered(row):
+            credits.append(
+                0.5 + 0.5 * ((values[better] > values[worse]) - (values[better] < values[worse]))
+            )
+    return fmean(credits)

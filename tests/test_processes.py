@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
+
+from prefloop.runs import read_jsonl, write_jsonl
 
 WORKER = Path(__file__).with_name("process_worker.py")
 ALL = 6  # optimizer steps of the whole run
@@ -75,3 +78,39 @@ def test_one_killed_worker_ends_the_run_instead_of_hanging(tmp_path):
     said, _ = process.communicate(timeout=90)
     assert process.returncode != 0
     assert "Signal 9" in said or "SIGKILL" in said
+
+
+def train_command(processes: int, folder: Path, out: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "-m", "prefloop.cli", "train"]
+    command += ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl")]
+    command += ["--lr", "0.01", "--batch-size", "7", "--out", str(folder / out)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(folder / f"cache-{out}"),
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_train_command_on_two_processes_trains_one_policy(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    write_jsonl(
+        tmp_path / "rows.jsonl",
+        (
+            {"prompt": f"w{i} w1", "responses": [f"w{i} w3", f"w{7 * i % 60} w5"], "rank": [1, 2]}
+            for i in range(30)
+        ),
+    )
+    train_command(1, tmp_path, "one")
+    said = train_command(2, tmp_path, "two")
+    assert said.count("training on 27 comparisons") == 1
+    name = "policy/adapter_model.safetensors"
+    assert_same(load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name))
+    logged = [list(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("one", "two")]
+    assert [row["step"] for row in logged[0]] == [row["step"] for row in logged[1]]

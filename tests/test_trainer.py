@@ -12,7 +12,7 @@ from prefloop.objectives import DPO, SFT, PlackettLuce
 from prefloop.runs import read_jsonl
 from prefloop.tabular import TabularPolicy, comparison_rows
 from prefloop.trainer import NonFiniteError, TrainSettings, build_trainer, fit
-from prefloop.trainer.build import refuse_deepspeed
+from prefloop.trainer.build import refuse_deepspeed, refuse_unsharded
 from prefloop.trainer.plan import batch_indices, derived_seed, forward_passes, shares
 from prefloop.types import Logps, Tokenized, UserError, score
 
@@ -258,6 +258,13 @@ def test_deepspeed_is_refused_with_what_shards_instead():
     with pytest.raises(UserError, match="FSDP2 shards the same"):
         refuse_deepspeed(DistributedType.DEEPSPEED)
     refuse_deepspeed(DistributedType.FSDP)
+
+
+def test_a_launcher_that_asks_for_sharding_where_there_is_none_is_refused():
+    with pytest.raises(UserError, match="every process would hold the whole model"):
+        refuse_unsharded(DistributedType.MULTI_CPU, {"ACCELERATE_USE_FSDP": "true"})
+    refuse_unsharded(DistributedType.MULTI_CPU, {"ACCELERATE_USE_FSDP": "false"})
+    refuse_unsharded(DistributedType.FSDP, {"ACCELERATE_USE_FSDP": "true"})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A `Trainer` from a scorer: optimizer and devices, prepared by Accelerate."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -54,11 +56,16 @@ def accelerator_for(trackers: tuple[str, ...], folder: Path, precision: str) -> 
     """
     try:
         accelerator = Accelerator(
-            mixed_precision=precision, log_with=list(trackers) or None, project_dir=folder
+            # Without this, processes on a machine without an accelerator do not find each other.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=precision,
+            log_with=list(trackers) or None,
+            project_dir=folder,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"--trackers or --precision cannot be used here: {error}") from error
     refuse_deepspeed(accelerator.distributed_type)
+    refuse_unsharded(accelerator.distributed_type, os.environ)
     return accelerator
 
 
@@ -73,4 +80,15 @@ def refuse_deepspeed(kind: DistributedType) -> None:
             "DeepSpeed moves the weights inside its backward pass, before a loss or gradient that "
             "is no number can be refused, and keeps checkpoints as pickles; it is not supported. "
             "FSDP2 shards the same things: accelerate launch --use_fsdp --fsdp_version 2"
+        )
+
+
+def refuse_unsharded(kind: DistributedType, environment: Mapping[str, str]) -> None:
+    """Refuse a run that was launched to be sharded and would not be."""
+    asked = environment.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true", "yes"}
+    if asked and kind != DistributedType.FSDP:
+        raise UserError(
+            "the launcher asks for FSDP, but Accelerate shards on GPUs and other accelerators only "
+            "and there is none here; every process would hold the whole model. Launch without "
+            "--use_fsdp"
         )

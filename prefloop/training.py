@@ -25,7 +25,7 @@ from prefloop.policies.policy import evaluating
 from prefloop.runs import cache_folder
 from prefloop.settings import TrainSettings
 from prefloop.trainer import Gradient, Progress, backward, build_trainer, fit
-from prefloop.trainer.loop import Metrics, Reference
+from prefloop.trainer.loop import Metrics, Reference, rows_seen
 from prefloop.types import Comparison, Tokenized, UserError
 
 Pairs = Literal["best-worst", "all"]
@@ -151,7 +151,7 @@ class Training:
         """Train on `rows`, save the policy; the last metrics.
 
         The reference is the policy as it was, an adapter off; it is scored once, before the first
-        step, and kept in the cache. A policy that is trained whole is scored before it moves.
+        step, on the rows that the steps will see, and kept in the cache. A policy that is trained whole is scored before it moves.
         """
         self.policy.model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType] - overloads
         reference = None

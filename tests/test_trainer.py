@@ -13,6 +13,7 @@ from prefloop.runs import read_jsonl
 from prefloop.tabular import TabularPolicy, comparison_rows
 from prefloop.trainer import NonFiniteError, TrainSettings, build_trainer, fit
 from prefloop.trainer.build import refuse_deepspeed, refuse_unsharded
+from prefloop.trainer.loop import global_batch, rows_seen, total_steps
 from prefloop.trainer.plan import batch_indices, derived_seed, forward_passes, shares
 from prefloop.types import Logps, Tokenized, UserError, score
 
@@ -252,6 +253,18 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path):
 
     with pytest.raises(UserError, match="another model"):
         fit(trainer(Two()), rows(), [], tmp_path)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 9])
+def test_the_rows_a_run_sees_are_those_of_its_steps(steps):
+    settings = TrainSettings(batch_size=4, max_steps=steps, epochs=3)
+    places = {id(row): place for place, row in enumerate(data := rows(13))}
+    stepped = {
+        places[id(row)]
+        for number in range(total_steps(13, settings))
+        for row in global_batch(data, settings, number)
+    }
+    assert rows_seen(13, settings) == sorted(stepped)
 
 
 def test_deepspeed_is_refused_with_what_shards_instead():

@@ -211,6 +211,15 @@ def total_steps(rows: int, settings: TrainSettings) -> int:
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
 
+def rows_seen(rows: int, settings: TrainSettings) -> list[int]:
+    """Numbers of the rows that a run trains on, in order; a run cut short sees some of them."""
+    total = total_steps(rows, settings)
+    if total >= steps_per_epoch(rows, settings.batch_size):
+        return list(range(rows))
+    order = batch_indices(rows, rows, 0, settings.seed)
+    return sorted(order[: total * settings.batch_size])
+
+
 def global_batch(
     rows: Sequence[Tokenized], settings: TrainSettings, number: int
 ) -> list[Tokenized]:

@@ -151,13 +151,15 @@ class Training:
         """Train on `rows`, save the policy; the last metrics.
 
         The reference is the policy as it was, an adapter off; it is scored once, before the first
-        step, on the rows that the steps will see, and kept in the cache. A policy that is trained whole is scored before it moves.
+        step, on the rows that the steps will see, and kept in the cache. A policy that is trained
+        whole is scored before it moves.
         """
         self.policy.model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType] - overloads
         reference = None
         if self.objective.needs_reference or self.settings.log_displacement:
             referred = self.reference or reference_of
-            asked = [*rows, *held_out, *self.demonstrations]
+            seen = [rows[index] for index in rows_seen(len(rows), self.settings)]
+            asked = [*seen, *held_out, *self.demonstrations]
             reference = referred(self.policy, asked, self.settings)
         scorer = self.policy.scorer(None, with_collision=self.objective.needs_collision)
         trainer = build_trainer(

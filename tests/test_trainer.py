@@ -258,7 +258,8 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path):
 @pytest.mark.parametrize("steps", [0, 1, 3, 4, 9])
 def test_the_rows_a_run_sees_are_those_of_its_steps(steps):
     settings = TrainSettings(batch_size=4, max_steps=steps, epochs=3)
-    places = {id(row): place for place, row in enumerate(data := rows(13))}
+    data = rows(13)
+    places = {id(row): place for place, row in enumerate(data)}
     stepped = {
         places[id(row)]
         for number in range(total_steps(13, settings))

@@ -109,8 +109,8 @@ class PolicyLearner:
         """Train on best against worst of each row, answer the held-out prompts, score."""
         adapter = Lora(rank=self.lora_rank) if self.lora_rank else None
         policy = load_policy(self.model, adapter=adapter, device="cpu", seed=arm.seed)
-        if rows:
-            self._train(policy, arm, rows, out)
+        if telling := [row for row in rows if data.ordered(row)]:  # ties were paid for in vain
+            self._train(policy, arm, telling, out)
         prompts = data.read_prompts(shared / HELD_OUT)
         draw = Draw(n=self.measured, settings=self.drawing, seed=10_000 + arm.seed)
         drawn = draw(policy, encoder(policy.tokenizer).prompts(prompts))

@@ -1,4 +1,4 @@
-"""Answers to a file of prompts, and their scores: kept as they come, gone on with after a kill."""
+"""Answers to a file of prompts: kept as they come, gone on with after a kill."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,11 +8,8 @@ from typing import Any
 from prefloop.data import as_row, encoder, iterate
 from prefloop.policies import Policy, Sampling
 from prefloop.policies.sampling import FromPolicy, Sample, Sampler, sample
-from prefloop.rewards import Reward, score
 from prefloop.runs import append_jsonl, read_jsonl, write_jsonl
 from prefloop.types import Comparison, UserError
-
-ROUND = 64  # prompts between two writes to the disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +54,6 @@ def sample_to_file(
         rows = {row["id"]: row for row in read_jsonl(part)}
         write_jsonl(whole, [rows[prompt.id] for prompt in prompts])
         part.unlink()
-    return list(iterate(whole))
-
-
-def score_to_file(
-    rows: Sequence[Comparison],
-    reward: Reward,
-    out: Path,
-    on_rows: Callable[[int], None] = lambda done: None,
-) -> list[Comparison]:
-    """Every response with its reward, as `out`/scored.jsonl; rows that are there are not redone."""
-    part, whole = out / "scored.part.jsonl", out / "scored.jsonl"
-    if not whole.exists():
-        done = list(read_jsonl(part)) if part.exists() else []
-        write_jsonl(part, done)
-        for start in range(len(done), len(rows), ROUND):
-            for row in score(rows[start : start + ROUND], reward):
-                append_jsonl(part, as_row(row))
-            on_rows(min(start + ROUND, len(rows)))
-        part.rename(whole)
     return list(iterate(whole))
 
 

@@ -3,7 +3,7 @@
 from prefloop.logps.cache import CachedLogps, cached_reference, model_identity
 from prefloop.logps.head import chunked, exact
 from prefloop.logps.layout import buckets
-from prefloop.logps.scorer import Scorer, hidden_sums, verify
+from prefloop.logps.scorer import Scorer, hidden_sums, logps_and_hidden_sums, verify
 from prefloop.logps.ways import FullLogits, Masked, OneARow, PrefixShared
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "chunked",
     "exact",
     "hidden_sums",
+    "logps_and_hidden_sums",
     "model_identity",
     "verify",
 ]

@@ -11,7 +11,7 @@ from prefloop.logps.check import difference, suitable
 from prefloop.logps.head import LogpsOf, chunked
 from prefloop.logps.layout import Sheet, buckets, lay, response_mask, table_shape
 from prefloop.logps.ways import FullLogits, OneARow, Way, causal_model, ladder
-from prefloop.types import Tokenized
+from prefloop.types import Logps, Tokenized, score
 
 # Which way a model was found to take, so that it is asked once however many scorers it has.
 _known: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
@@ -105,6 +105,27 @@ def hidden_sums(scorer: Scorer, batch: Sequence[Tokenized]) -> Float[Tensor, "B 
             sums = states.new_zeros(count * responses, states.shape[-1])
         sums = sums.index_add(0, (sheet.place // longest).to(states.device), states)
     return sums.reshape(count, responses, -1)
+
+
+def logps_and_hidden_sums(
+    scorer: Scorer, batch: Sequence[Tokenized]
+) -> tuple[Logps, Float[Tensor, "B N D"]]:
+    """What `score` and `hidden_sums` give, from one pass where the model can be served so."""
+    way = scorer.way_for(batch)
+    if isinstance(way, FullLogits):  # its states are logits
+        return score(scorer, batch), hidden_sums(scorer, batch)
+    count, responses, longest = shape = table_shape(batch)
+    parts, sums = [], torch.zeros(0)
+    for sheet in scorer.sheets(way, batch):
+        states = way.states(scorer.model, sheet)
+        target, place = (one.to(states.device) for one in (sheet.target, sheet.place))
+        token, _ = scorer.head(way.head(scorer.model), states, target, False)
+        parts.append(_table(token, place, shape))
+        if not sums.numel():
+            sums = states.new_zeros(count * responses, states.shape[-1], dtype=torch.float32)
+        sums = sums.index_add(0, place // longest, states.float())
+    mask = response_mask(batch).to(parts[0].device)
+    return Logps(torch.stack(parts).sum(0), mask), sums.reshape(count, responses, -1)
 
 
 def verify(scorer: Scorer, batch: Sequence[Tokenized]) -> float:

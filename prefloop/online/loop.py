@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from prefloop import data
-from prefloop.collecting import Draw, sample_to_file, score_to_file
+from prefloop.collecting import Draw, sample_to_file
 from prefloop.comparing import compare
 from prefloop.logps import Scorer, cached_reference, model_identity
 from prefloop.objectives import Objective
@@ -35,6 +35,7 @@ from prefloop.policies.policy import evaluating
 from prefloop.policies.sampling import derived_seed
 from prefloop.rewards import Reward
 from prefloop.runs import cache_folder, read_json, read_jsonl, write_json, write_jsonl
+from prefloop.scoring import WithReward, score_file
 from prefloop.selecting import Cut, select
 from prefloop.selection import Rule
 from prefloop.settings import TrainSettings
@@ -227,9 +228,9 @@ class Online:
         seed = derived_seed(asking.seed, "round", number)
         draw = Draw(n=source.answers, settings=asking.drawing, seed=seed, sampler=source.sampler)
         self.on_stage(number, "sample")
-        answered = sample_to_file(policy, asking.prompts, folder, draw)
+        sample_to_file(policy, asking.prompts, folder, draw)
         self.on_stage(number, "score")
-        score_to_file(answered, asking.reward, folder)
+        score_file(folder / "responses.jsonl", folder, [WithReward(asking.reward)])
         if not (folder / "selection.json").exists():
             self.on_stage(number, "select")
             select(self._selected_from(folder, policy), folder, asking.rule, asking.cut)

@@ -1,0 +1,314 @@
+"""Columns added to a file of responses of any size: rewards, log-probabilities, hidden statistics.
+
+A file is read in blocks; each block's rows with their new columns are a file of their own, written
+whole or not at all. Processes share the blocks, a killed run goes on with those that are missing,
+and at the end they are joined in order. Memory holds one block.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefloop.data import as_row, encoder, where
+from prefloop.data.blocks import ArrowBlock, Block, Sizes, blocks, is_columnar
+from prefloop.logps import Scorer, buckets, logps_and_hidden_sums
+from prefloop.policies import Policy
+from prefloop.policies.policy import evaluating
+from prefloop.rewards import Reward
+from prefloop.rewards import score as rewarded
+from prefloop.rewards.encoders import SentenceEncoder
+from prefloop.runs import read_json, write_json, write_jsonl
+from prefloop.shares import Worker
+from prefloop.types import Comparison, Tokenized, UserError
+from prefloop.types import score as logps_of
+
+ROUND = Sizes(text=256, columns=256)
+"""Rows between two writes to the disk: what a kill can cost."""
+
+
+@runtime_checkable
+class Column(Protocol):
+    """What is added to each row."""
+
+    def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class WithReward:
+    """`scores` (and `ensemble`, of an ensemble) by a reward; earlier ones are replaced."""
+
+    reward: Reward
+
+    def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
+        """The rows with a reward a response."""
+        return rewarded(rows, self.reward)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WithLogps:
+    """What policy and reference say of each response, its end-of-turn token included.
+
+    `policy_logps`, `reference_logps`: log-probability, nats a response. `tokens`: response tokens.
+    With `hidden`, `hidden_gram`: <E_i, E_j> of the responses of the row, E the sum of the policy's
+    last hidden states that predict a response, from the same pass.
+
+    Attributes:
+        policy: pi_theta.
+        reference: the policy that is pi_ref; None takes the policy's own, where it has one.
+        hidden: also the hidden statistics, see `selection.CHES`.
+        token_budget: tokens of one forward pass.
+    """
+
+    policy: Policy
+    reference: Policy | None = None
+    hidden: bool = False
+    token_budget: int = 8192
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
+        """The rows with these columns."""
+        tokenized = list(encoder(self.policy.tokenizer).encode(rows))
+        for row in tokenized:
+            _refuse_overlong(row, self.policy.context)
+        found: list[Comparison | None] = [None] * len(rows)
+        for part in buckets(tokenized, self.token_budget):
+            batch = [tokenized[at] for at in part]
+            for at, columns in zip(part, self._columns(batch), strict=True):
+                found[at] = _with(rows[at], columns)
+        return [row for row in found if row is not None]
+
+    def _columns(self, batch: Sequence[Tokenized]) -> Iterator[dict[str, Any]]:
+        """For each row of a batch what is added to it."""
+        scorer = self.policy.scorer(self.token_budget)
+        grams: list[Any] = [None] * len(batch)
+        with evaluating(self.policy.model):
+            if self.hidden:
+                logps, sums = logps_and_hidden_sums(scorer, batch)
+                grams = (sums.double() @ sums.double().mT).tolist()
+            else:
+                logps = logps_of(scorer, batch)
+        ours, theirs = logps.sum.tolist(), self._reference(batch)
+        for at, row in enumerate(batch):
+            count = len(row.responses)
+            columns: dict[str, Any] = {
+                "policy_logps": ours[at][:count],
+                "tokens": [len(response) for response in row.responses],
+            }
+            if theirs is not None:
+                columns["reference_logps"] = theirs[at][:count]
+            if self.hidden:
+                columns["hidden_gram"] = [line[:count] for line in grams[at][:count]]
+            yield columns
+
+    def _reference(self, batch: Sequence[Tokenized]) -> list[list[float]] | None:
+        if self.reference is not None:
+            scorer = Scorer(self.reference.model, token_budget=self.token_budget)
+            with evaluating(self.reference.model):
+                return logps_of(scorer, batch).sum.tolist()
+        if self.policy.adapter or self.policy.frozen is not None:
+            return self.policy.reference_logps(batch, self.token_budget).sum.tolist()
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class WithEmbedding:
+    """`embedding`: the prompt as a unit vector of a sentence encoder, for `--spread`.
+
+    What is longer than the encoder reads is cut there.
+    """
+
+    encoder: SentenceEncoder
+    rows: int = 32
+
+    def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
+        """The rows with their vectors, rounded to six decimals."""
+        texts = [_as_text(row) for row in rows]
+        order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
+        found = list(rows)
+        for start in range(0, len(order), self.rows):
+            part = order[start : start + self.rows]
+            vectors: Float[Tensor, "M D"] = self.encoder([texts[at] for at in part])
+            for at, vector in zip(part, vectors.tolist(), strict=True):
+                found[at] = _with(rows[at], {"embedding": [round(x, 6) for x in vector]})
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class WithNumbers:
+    """A number a row, by the row's id: what was worked out for the whole file before.
+
+    Attributes:
+        name: of the column.
+        numbers: id -> number.
+    """
+
+    name: str
+    numbers: Mapping[str, float]
+
+    def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
+        """The rows with their numbers."""
+        return [_with(row, {self.name: self.numbers[row.id]}) for row in rows]
+
+
+def score_file(
+    source: Path,
+    out: Path,
+    columns: Sequence[Column],
+    worker: Worker | None = None,
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """`source` with more columns: `out`/scored.jsonl, or scored.arrow where the source has columns.
+
+    Returns what scoring.json holds: file, rows, answers, and the mean reward of an answer where
+    there are scores.
+
+    Args:
+        columns: what is added, one after the other.
+        worker: this process among those that share the file.
+        on_rows: called with the number of rows that have been passed.
+
+    Raises:
+        UserError: a row that is not allowed or cannot be scored; no row at all.
+    """
+    worker = Worker() if worker is None else worker
+    finished, parts = out / "scoring.json", out / "parts"
+    if not finished.exists():
+        parts.mkdir(parents=True, exist_ok=True)
+        write = _write_arrow if is_columnar(source) else _write_lines
+        count = _score_blocks(source, parts, columns, worker, on_rows, write)
+        worker.wait()
+        if worker.leads:
+            join = _join_arrow if is_columnar(source) else _join_lines
+            file = join(out, [_file(parts, number) for number in range(count)])
+            write_json(finished, {"file": file.name, **_totals(parts, count)})
+            shutil.rmtree(parts)
+        worker.wait()
+    return read_json(finished)
+
+
+def _score_blocks(
+    source: Path,
+    parts: Path,
+    columns: Sequence[Column],
+    worker: Worker,
+    on_rows: Callable[[int], None],
+    write: Callable[[Block, Sequence[Comparison], Path], None],
+) -> int:
+    """Score this worker's blocks that are not there yet; how many blocks there are."""
+    count = 0
+
+    def wanted(number: int) -> bool:
+        nonlocal count
+        count = number + 1
+        return worker.owns(number) and not _file(parts, number).exists()
+
+    for block in blocks(source, sizes=ROUND, wanted=wanted):
+        rows = block.comparisons()
+        for column in columns:
+            rows = column(rows)
+        scores = [value for row in rows for value in row.scores or ()]
+        answers = sum(len(row.responses) for row in rows)
+        totals = {"rows": len(rows), "answers": answers, "scores": len(scores), "sum": sum(scores)}
+        write_json(_file(parts, block.number).with_suffix(".json"), totals)
+        write(block, rows, _file(parts, block.number))
+        on_rows(block.start + len(block))
+    if not count:
+        raise UserError(f"{source}: holds no row; at least one is needed")
+    return count
+
+
+def _totals(parts: Path, count: int) -> dict[str, Any]:
+    found = [read_json(_file(parts, at).with_suffix(".json")) for at in range(count)]
+    rows, answers, scores, total = (
+        sum(one[name] for one in found) for name in ("rows", "answers", "scores", "sum")
+    )
+    return {"rows": rows, "answers": answers, "reward": total / scores if scores else None}
+
+
+def _write_lines(block: Block, rows: Sequence[Comparison], file: Path) -> None:
+    write_jsonl(file, map(as_row, rows))
+
+
+def _join_lines(out: Path, parts: Sequence[Path]) -> Path:
+    whole = out / "scored.jsonl"
+    part = out / ".scored.jsonl.part"
+    with part.open("wb") as file:
+        for one in parts:
+            with one.open("rb") as read:
+                shutil.copyfileobj(read, file)
+    part.replace(whole)
+    return whole
+
+
+def _write_arrow(block: Block, rows: Sequence[Comparison], file: Path) -> None:
+    """The block's own columns, and ours with the types that they have in every block."""
+    import pyarrow
+
+    assert isinstance(block, ArrowBlock)
+    number = pyarrow.float64()
+    types = {
+        "ensemble": pyarrow.list_(pyarrow.list_(number)),
+        "tokens": pyarrow.list_(pyarrow.int64()),
+        "hidden_gram": pyarrow.list_(pyarrow.list_(number)),
+        "embedding": pyarrow.list_(pyarrow.float32()),
+        "validation_loss": number,
+    } | dict.fromkeys(("scores", "policy_logps", "reference_logps"), pyarrow.list_(number))
+    table = block.table
+    for name, kind in types.items():
+        values = [_value(row, name) for row in rows]
+        if all(value is None for value in values):
+            continue
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, pyarrow.array(values, type=kind))
+    part = file.with_suffix(".part")
+    with pyarrow.OSFile(str(part), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as to:
+        to.write_table(table)
+    part.replace(file)
+
+
+def _value(row: Comparison, name: str) -> Any:
+    return {"scores": row.scores, "ensemble": row.ensemble}.get(name, row.extra.get(name))
+
+
+def _join_arrow(out: Path, parts: Sequence[Path]) -> Path:
+    import pyarrow
+
+    whole, part = out / "scored.arrow", out / ".scored.arrow.part"
+    with pyarrow.memory_map(str(parts[0])) as first:
+        schema = pyarrow.ipc.open_stream(first).schema
+    with pyarrow.OSFile(str(part), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as to:
+        for one in parts:
+            with pyarrow.memory_map(str(one)) as read:
+                to.write_table(pyarrow.ipc.open_stream(read).read_all())
+    part.replace(whole)
+    return whole
+
+
+def _file(parts: Path, number: int) -> Path:
+    return parts / f"block-{number:07}.rows"
+
+
+def _with(row: Comparison, columns: Mapping[str, Any]) -> Comparison:
+    return replace(row, extra={**row.extra, **columns})
+
+
+def _as_text(row: Comparison) -> str:
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in row.prompt)
+
+
+def _refuse_overlong(row: Tokenized, context: int | None) -> None:
+    longest = max(len(response) for response in row.responses)
+    if context is not None and len(row.prompt) + longest > context:
+        raise UserError(
+            f"{where(row)}: {len(row.prompt) + longest} tokens of prompt and response, and the "
+            f"policy reads at most {context}. Shorten or drop the row; prefloop check counts them"
+        )

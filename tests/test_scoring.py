@@ -1,0 +1,256 @@
+"""Columns added to files: right numbers, the same whatever the format, the processes or a kill."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+import tiny
+import torch
+from pyarrow import parquet
+
+from prefloop import scoring
+from prefloop.cli import main
+from prefloop.crossfit import CrossFit, _halves
+from prefloop.data import as_row, encoder, read
+from prefloop.data.blocks import Sizes
+from prefloop.logps import hidden_sums
+from prefloop.policies import Lora, Policy, load_policy
+from prefloop.rewards.encoders import SentenceEncoder
+from prefloop.runs import write_jsonl
+from prefloop.scoring import WithEmbedding, WithLogps, WithNumbers, WithReward, score_file
+from prefloop.selection import CHES, OnlinePVar, PredictiveEntropy
+from prefloop.settings import TrainSettings
+from prefloop.shares import Worker
+from prefloop.trainer.build import accelerator_for
+from prefloop.types import Comparison, UserError, score
+
+
+class Lengths:
+    """The number of characters; counts how many rows it was asked about."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def __call__(self, prompts, responses) -> list[tuple[float, ...]]:
+        self.rows += len(prompts)
+        return [tuple(float(len(text)) for text in texts) for texts in responses]
+
+
+def comparisons(count: int) -> list[Comparison]:
+    words = ["w5", "w6 w7", "w8"]
+    return [
+        Comparison(f"w5 {'w6 ' * at}w7", tuple(words[: 2 + at % 2]), id=f"r{at}")
+        for at in range(count)
+    ]
+
+
+def lines(path: Path, rows: list[Comparison]) -> Path:
+    write_jsonl(path, map(as_row, rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(scoring, "ROUND", Sizes(text=4, columns=4))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    at = tmp_path_factory.mktemp("model")
+    tiny.llama().save_pretrained(at)
+    tiny.tokenizer().save_pretrained(at)
+    return str(at)
+
+
+@pytest.fixture(scope="module")
+def policy(folder) -> Policy:
+    made = load_policy(folder, adapter=Lora(rank=2))
+    with torch.no_grad():
+        for name, weight in made.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    return made
+
+
+def test_log_probabilities_and_hidden_products_are_those_of_the_engine(policy):
+    rows = comparisons(5)
+    found = WithLogps(policy=policy, hidden=True, token_budget=40)(rows)
+    for row, tokens in zip(found, encoder(policy.tokenizer).encode(rows), strict=True):
+        with torch.no_grad():
+            alone = score(policy.scorer(), [tokens])
+            sums = hidden_sums(policy.scorer(), [tokens])[0].double()
+            base = policy.reference_logps([tokens])
+        close = {"abs": 1e-4, "rel": 1e-4}
+        assert row.extra["policy_logps"] == pytest.approx(alone.sum[0].tolist(), **close)
+        assert row.extra["reference_logps"] == pytest.approx(base.sum[0].tolist(), **close)
+        assert row.extra["policy_logps"] != pytest.approx(row.extra["reference_logps"], abs=1e-3)
+        assert row.extra["tokens"] == [len(response) for response in tokens.responses]
+        gram = torch.tensor(row.extra["hidden_gram"], dtype=torch.float64)
+        torch.testing.assert_close(gram, sums @ sums.T, rtol=1e-4, atol=1e-3)
+
+
+def test_without_an_adapter_and_a_reference_there_is_no_reference_column(folder, policy):
+    plain = load_policy(folder)
+    rows = comparisons(2)
+    assert set(WithLogps(policy=plain)(rows)[0].extra) == {"policy_logps", "tokens"}
+    against = WithLogps(policy=plain, reference=policy)(rows)[0].extra
+    ours = WithLogps(policy=policy)(rows)[0].extra["policy_logps"]
+    assert against["reference_logps"] == pytest.approx(ours, abs=1e-4)
+
+
+def test_what_the_policy_cannot_read_is_refused_by_its_place(policy):
+    long = Comparison("w5 " * 600, ("w6", "w7"), place="pool.jsonl:7")
+    with pytest.raises(UserError, match=r"pool.jsonl:7: 6\d\d tokens .* at most 512"):
+        WithLogps(policy=policy)([long])
+
+
+def test_one_pass_writes_what_the_rules_read(folder, policy, tmp_path):
+    source, run = lines(tmp_path / "d.jsonl", comparisons(9)), tmp_path / "run"
+    policy.save(run)
+    words = ["score", "--data", str(source), "--out", str(tmp_path / "o"), "--policy", str(run)]
+    assert main([*words, "--hidden", "--reward", "brevity"]) == 0
+    scored = str(tmp_path / "o/scored.jsonl")
+    rules = [repr(one()) for one in (CHES, OnlinePVar, PredictiveEntropy)]
+    words = ["select", "--data", scored, "--out", str(tmp_path / "s"), "--rule", rules[0]]
+    assert main([*words, "--also", *rules[1:]]) == 0
+    for row in read(tmp_path / "s/selected.jsonl"):
+        assert row.extra["onlinepvar"] > 0
+        assert row.extra["entropy"] == -sum(row.extra["policy_logps"]) / len(row.responses)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_two_processes_and_a_kill_give_what_one_process_gives(tmp_path, suffix):
+    rows = comparisons(18)
+    source = lines(tmp_path / "d.jsonl", rows)
+    if suffix == ".parquet":
+        table = pyarrow.Table.from_pylist([*map(json.loads, source.read_text().splitlines())])
+        source = tmp_path / "d.parquet"
+        parquet.write_table(table, source, row_group_size=5)
+    whole, shared = Lengths(), Lengths()
+    done = score_file(source, tmp_path / "whole", [WithReward(whole)])
+    assert (done["rows"], done["answers"]) == (18, sum(len(row.responses) for row in rows))
+    out = tmp_path / "shared"
+    with pytest.raises(UserError, match="no such file"):  # the second has done its share
+        score_file(source, out, [WithReward(shared)], Worker(1, 2))
+    assert shared.rows == 8  # blocks 1 and 3 of 0 to 4
+
+    def kill(seen: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # the first is killed after a block, and comes again
+        score_file(source, out, [WithReward(shared)], Worker(0, 2), kill)
+    assert shared.rows == 12
+    assert score_file(source, out, [WithReward(shared)], Worker(0, 2)) == done
+    assert shared.rows == 18  # no row was asked about twice
+    name = done["file"]
+    assert (tmp_path / "whole" / name).read_bytes() == (out / name).read_bytes()
+    assert not (out / "parts").exists()
+    assert [row.scores for row in read(out / name)] == [
+        tuple(float(len(text)) for text in row.responses) for row in rows
+    ]
+    assert done["reward"] == pytest.approx(
+        sum(len(text) for row in rows for text in row.responses) / done["answers"]
+    )
+
+
+def test_columns_of_an_arrow_file_keep_their_types(policy, tmp_path):
+    table = pyarrow.Table.from_pylist([as_row(row) for row in comparisons(6)])
+    parquet.write_table(table, tmp_path / "d.parquet")
+    columns = [WithReward(Lengths()), WithLogps(policy=policy, hidden=True)]
+    columns.append(WithNumbers("validation_loss", {f"r{at}": at / 2 for at in range(6)}))
+    score_file(tmp_path / "d.parquet", tmp_path / "o", columns)
+    rows = read(tmp_path / "o/scored.arrow")
+    assert [row.extra["validation_loss"] for row in rows] == [at / 2 for at in range(6)]
+    lines_ = WithLogps(policy=policy, hidden=True)(comparisons(6))
+    for row, expected in zip(rows, lines_, strict=True):
+        for name in ("policy_logps", "reference_logps", "tokens", "hidden_gram"):
+            found = torch.tensor(row.extra[name], dtype=torch.float64)
+            wanted = torch.tensor(expected.extra[name], dtype=torch.float64)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_embeddings_are_the_encoders_whatever_the_order(monkeypatch):
+    def length(self, texts) -> torch.Tensor:
+        return torch.tensor([[float(len(text)), 1.0] for text in texts])
+
+    monkeypatch.setattr(SentenceEncoder, "__call__", length)
+    encoder_ = SentenceEncoder(tiny.llama(), tiny.tokenizer(), "tiny", "tiny", 512)
+    rows = comparisons(5)
+    assert [row.extra["embedding"] for row in WithEmbedding(encoder_, rows=2)(rows)] == [
+        [float(len(row.prompt)), 1.0] for row in rows
+    ]
+
+
+MISTAKES = [
+    ("", "nothing to score with"),
+    ("--hidden --reward brevity", "belong to a policy"),
+    ("--reward brevity --data empty.jsonl", "holds no row"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES)
+def test_a_mistake_is_said_with_what_to_do(tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    lines(Path("d.jsonl"), comparisons(2))
+    Path("empty.jsonl").write_text("")
+    assert main(["score", "--data", "d.jsonl", "--out", "o", *words.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def votes(count: int) -> list[Comparison]:
+    return [
+        Comparison(f"w5 {'w6 ' * (at % 4)}", ("w7", f"w8 {'w9 ' * at}"), (1, 2), id=f"v{at}")
+        for at in range(count)
+    ]
+
+
+def crossfit(folder: str, tmp_path: Path, **more) -> CrossFit:
+    return CrossFit(
+        model=folder,
+        adapter=Lora(rank=2),
+        settings=TrainSettings(lr=0.01, batch_size=4, warmup=0.0),
+        accelerator=accelerator_for((), tmp_path, "no"),
+        beta=0.5,
+        **more,
+    )
+
+
+def test_the_learning_order_never_looks_at_the_half_it_trained_on(folder, tmp_path, monkeypatch):
+    rows = votes(12)
+    trained, asked = [], []
+    fit = CrossFit._fit
+
+    def watched(self, seen, unseen, at):
+        trained.append({row.id for row in seen})
+        asked.append({row.id for row in unseen})
+        assert not {row.prompt for row in seen} & {row.prompt for row in unseen}
+        return fit(self, seen, unseen, at)
+
+    monkeypatch.setattr(CrossFit, "_fit", watched)
+    work = crossfit(folder, tmp_path, seeds=1)
+    losses = work(rows, tmp_path)
+    assert trained[0] == asked[1]
+    assert trained[1] == asked[0]
+    assert trained[0] | trained[1] == {row.id for row in rows} == set(losses)
+    # an untrained model has the loss log 2 everywhere; these were trained, and differ
+    assert len({round(loss, 4) for loss in losses.values()}) > 6
+    assert work(rows, tmp_path) == losses  # out of the files
+    assert len(trained) == 2
+
+
+def test_halves_follow_from_the_seed_and_cover_everything():
+    first, second = _halves(votes(12), 1)
+    assert sorted(row.id for row in [*first, *second]) == sorted(row.id for row in votes(12))
+    assert _halves(votes(12), 1) == (first, second)
+
+
+def test_what_has_no_validation_loss_is_refused(folder, tmp_path):
+    work = crossfit(folder, tmp_path)
+    tied = Comparison("w5", ("w6", "w7"), (1, 1), place="d.jsonl:3")
+    with pytest.raises(UserError, match=r"d.jsonl:3: orders no two"):
+        work([*votes(4), tied], tmp_path)
+    with pytest.raises(UserError, match="two different prompts"):
+        work(votes(1), tmp_path)
+    with pytest.raises(UserError, match="seeds of the learning order"):
+        crossfit(folder, tmp_path, seeds=0)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -135,6 +136,7 @@ class Training:
         on_step: called after every optimizer step.
         reference: what stands for pi_ref, of (policy, rows, settings); `reference_of` when None.
         demonstrations: rows besides the comparisons that the gradient asks the reference for.
+        on_reference: called with how many rows the reference has scored; `reference_of` only.
     """
 
     policy: Policy
@@ -146,6 +148,7 @@ class Training:
     on_step: Callable[[Progress], None] = lambda progress: None
     reference: Callable[[Policy, Sequence[Tokenized], TrainSettings], Reference] | None = None
     demonstrations: Sequence[Tokenized] = ()
+    on_reference: Callable[[int], None] = lambda done: None
 
     def __call__(self, rows: Sequence[Tokenized], held_out: Sequence[Tokenized] = ()) -> Metrics:
         """Train on `rows`, save the policy; the last metrics.
@@ -157,7 +160,8 @@ class Training:
         self.policy.model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType] - overloads
         reference = None
         if self.objective.needs_reference or self.settings.log_displacement:
-            referred = self.reference or reference_of
+            scoring = partial(reference_of, on_rows=lambda done, total: self.on_reference(done))
+            referred = self.reference or scoring
             seen = [rows[index] for index in rows_seen(len(rows), self.settings)]
             asked = [*seen, *held_out, *self.demonstrations]
             reference = referred(self.policy, asked, self.settings)

@@ -7,7 +7,7 @@ from torch import nn
 
 from prefloop.logps import Scorer
 from prefloop.trainer import TrainSettings
-from prefloop.trainer.memory import estimate
+from prefloop.trainer.memory import Memory, estimate
 from prefloop.types import UserError
 
 
@@ -60,7 +60,15 @@ def test_a_real_model_keeps_in_proportion_to_its_tokens():
     long = estimate(scorer, rows(8), TrainSettings(batch_size=8, token_budget=80))
     assert long.activations == pytest.approx(8 * short.activations, rel=1e-3)
     assert all(value.grad is None for value in scorer.parameters())
-    assert "10 tokens a pass" in str(short)
+    assert "for 10 tokens a pass" in str(short)
+
+
+def test_it_is_said_in_the_unit_that_suits():
+    found = Memory(weights=3 * 2**30, training=2**29, activations=2**20, pass_tokens=1234)
+    assert str(found) == (
+        "3.5 GiB a process (weights 3.0 GiB, gradients and AdamW 512 MiB, activations 1 MiB for "
+        "1,234 tokens a pass)"
+    )
 
 
 def test_nothing_to_train_on_is_said():

@@ -24,7 +24,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     away at the end."""
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield _plain(what, total)
+        yield counted(what, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -38,7 +38,8 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.update(task, completed=done)
 
 
-def _plain(what: str, total: int | None) -> Callable[[int], None]:
+def counted(what: str, total: int | None = None) -> Callable[[int], None]:
+    """A function to call with how much is done: a plain line every 20 s, above a bar if any."""
     of = "" if total is None else f"/{total}"
     started = last = time.monotonic()
 

@@ -74,7 +74,7 @@ class Train:
     def __call__(self) -> None:
         """Check everything, then train, then say what came out."""
         from prefloop.cli import settings
-        from prefloop.cli.console import progress
+        from prefloop.cli.console import counted, progress
         from prefloop.data import as_row
         from prefloop.runs import start_run, write_jsonl
         from prefloop.trainer.build import accelerator_for
@@ -108,6 +108,7 @@ class Train:
                 gradient=self._shown(gradient, shown),
                 on_step=lambda done: bar(done.step),
                 demonstrations=shown,
+                on_reference=counted("scoring the reference"),
             )
             metrics = training(rows.rows, held_out)
         accelerator.end_training()

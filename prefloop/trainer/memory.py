@@ -40,8 +40,8 @@ class Memory:
 
     def __str__(self) -> str:
         return (
-            f"{self.total / GIB:.1f} GiB a process (weights {self.weights / GIB:.2f}, gradients "
-            f"and AdamW {self.training / GIB:.2f}, activations {self.activations / GIB:.2f} for "
+            f"{_shown(self.total)} a process (weights {_shown(self.weights)}, gradients and AdamW "
+            f"{_shown(self.training)}, activations {_shown(self.activations)} for "
             f"{self.pass_tokens:,} tokens a pass)"
         )
 
@@ -119,3 +119,7 @@ def _largest_pass(rows: Sequence[Tokenized], settings: TrainSettings, processes:
 
 def _bytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
+
+
+def _shown(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:,.0f} MiB"

@@ -110,18 +110,43 @@ def min_max_regret(
         importance: c_u > 0, how much a unit of each type's regret counts; 1 when None.
     """
     game = _game(regret, importance)
-    rows, types = game.shape
-    solved = linprog(
-        c=np.append(np.zeros(types), 1.0),
-        A_ub=np.hstack([game, -np.ones((rows, 1))]),
-        b_ub=np.zeros(rows),
-        A_eq=np.append(np.ones(types), 0.0)[None],
-        b_eq=[1.0],
-        bounds=[(0, None)] * types + [(None, None)],
-        method="highs",
-    )
-    assert solved.status == 0, solved.message  # feasible and bounded for any finite matrix
-    return _certified(game, solved.x[:types], -solved.ineqlin.marginals)
+    return _certified(game, *_solved(game))
+
+
+@dataclass(frozen=True)
+class MaxMin:
+    """The mixture whose worst-off type gets most, and the proof of it.
+
+    Attributes:
+        weights: w_i >= 0, sum 1: how often policy i answers.
+        least: min over types of sum_i w_i V[u, i], in units of the reward.
+        bound: no mixture gives the worst-off more, as the duals of the linear program prove.
+    """
+
+    weights: Float[Tensor, " K"]
+    least: float
+    bound: float
+
+
+def max_min_reward(value: Float[Tensor, "K K"]) -> MaxMin:
+    """MaxMin-RLHF's aim among mixtures: the most reward for the type that gets least.
+
+        max over w of min over u of sum_i w_i V[u, i],   V[u, i] = E_{y ~ pi_i} h_u(y)
+
+    Unlike regret it compares rewards of different types, and implicit rewards are known up to a
+    constant of the prompt: a type whose rewards are small everywhere decides alone. The paper
+    trains a policy on the worst-off type's reward; here that aim is taken among mixtures.
+
+    Args:
+        value: V[u, i], reward of type u when policy i answers; finite.
+
+    References:
+        Chakraborty et al. 2024, "MaxMin-RLHF", arXiv 2402.08925.
+    """
+    _refuse_not_finite(value, "rewards")
+    game = -value.double().numpy()
+    found = _certified(game, *_solved(game))
+    return MaxMin(weights=found.weights, least=-found.worst, bound=-found.bound)
 
 
 def multiplicative_weights(
@@ -189,6 +214,23 @@ def two_type_weights(
     return (a / (a + b), b / (a + b)), a * b / (a + b)
 
 
+def next_token(
+    logits: Float[Tensor, "K M V"], before: Float[Tensor, "K M"], weights: Float[Tensor, " K"]
+) -> Float[Tensor, "M V"]:
+    """Next-token probabilities of the affine mixture sum_k w_k pi_k(y|x), exactly.
+
+        p(v | prefix) = sum_k c_k pi_k(v | prefix),   c_k ~ w_k pi_k(prefix)
+
+    Args:
+        logits: of each policy's next token, at M places.
+        before: log pi_k of the response's tokens before each place, in nats.
+        weights: in the simplex.
+    """
+    _refuse_bad_weights(weights)
+    belief = (weights.to(before).log().unsqueeze(-1) + before).softmax(0)
+    return torch.einsum("km,kmv->mv", belief.to(logits), logits.softmax(-1))
+
+
 def mixture(logps: Float[Tensor, "K ..."], weights: Float[Tensor, "K ..."]) -> Float[Tensor, "..."]:
     """Log-probability of whole responses under the affine mixture sum_k w_k pi_k(y|x).
 
@@ -233,16 +275,28 @@ def choose_policy(
 
 def _game(regret: Tensor, importance: Tensor | None) -> np.ndarray:
     """The matrix (K + 1, K) that the mixture minimises and the adversary maximises."""
-    if not regret.isfinite().all():
-        raise UserError(
-            f"regrets must be finite, {int((~regret.isfinite()).sum())} of {regret.numel()} are "
-            "not; look at the log-probabilities of the types' policies"
-        )
+    _refuse_not_finite(regret, "regrets")
     scale = torch.ones(len(regret)) if importance is None else importance
     if not (scale > 0).all() or not scale.isfinite().all():
         raise UserError(f"importance must be positive and finite, got {scale.tolist()}")
     rows = (scale.double().unsqueeze(-1) * regret.double()).numpy()
     return np.vstack([np.zeros(rows.shape[1]), rows])
+
+
+def _solved(game: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both players' weights in the zero-sum game that the columns' player minimises."""
+    rows, types = game.shape
+    solved = linprog(
+        c=np.append(np.zeros(types), 1.0),
+        A_ub=np.hstack([game, -np.ones((rows, 1))]),
+        b_ub=np.zeros(rows),
+        A_eq=np.append(np.ones(types), 0.0)[None],
+        b_eq=[1.0],
+        bounds=[(0, None)] * types + [(None, None)],
+        method="highs",
+    )
+    assert solved.status == 0, solved.message  # feasible and bounded for any finite matrix
+    return solved.x[:types], -solved.ineqlin.marginals
 
 
 def _certified(game: np.ndarray, weights: np.ndarray, adversary: np.ndarray) -> Aggregation:
@@ -255,6 +309,15 @@ def _certified(game: np.ndarray, weights: np.ndarray, adversary: np.ndarray) -> 
         adversary=torch.from_numpy(adversary),
         bound=float((adversary @ game).min()),
     )
+
+
+def _refuse_not_finite(table: Tensor, what: str) -> None:
+    bad = ~table.isfinite()
+    if bad.any():
+        raise UserError(
+            f"{what} must be finite, {int(bad.sum())} of {table.numel()} are not; look at the "
+            "log-probabilities of the types' policies"
+        )
 
 
 def _refuse_bad_weights(weights: Tensor) -> None:

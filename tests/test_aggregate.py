@@ -9,9 +9,11 @@ from prefloop.aggregate import (
     choose_policy,
     evaluate_weights,
     geometric,
+    max_min_reward,
     min_max_regret,
     mixture,
     multiplicative_weights,
+    next_token,
     regret_matrix,
     sampled_regret,
     two_type_weights,
@@ -146,6 +148,34 @@ def test_a_geometric_pool_of_one_policy_is_that_policy_and_of_none_the_reference
     assert torch.equal(geometric(policies, reference, torch.zeros(2)), reference)
     same = geometric(reference.expand(2, -1), reference, torch.tensor([1.5, -0.7]))
     torch.testing.assert_close(same, reference)
+
+
+def test_max_min_reward_by_hand():
+    # Rewards of type 1: (2, 0), of type 2: (0, 1). Equal at 2 w = 1 - w: w = 1/3, both get 2/3.
+    found = max_min_reward(matrix((2.0, 0.0), (0.0, 1.0)))
+    torch.testing.assert_close(found.weights, matrix((1 / 3, 2 / 3))[0])
+    assert found.least == pytest.approx(2 / 3)
+    assert found.bound == pytest.approx(2 / 3)  # nobody can do better
+    # A type that gets little from every policy decides alone; regret would not let it.
+    rewards = matrix((5.0, 1.0), (0.1, 0.2))
+    assert max_min_reward(rewards).weights.tolist() == [0, 1]
+    regret = rewards.diagonal().unsqueeze(-1) - rewards
+    assert min_max_regret(regret).weights[0] > 0.9
+    with pytest.raises(UserError, match="rewards must be finite, 1 of 4"):
+        max_min_reward(matrix((0.0, math.inf), (1.0, 0.0)))
+
+
+def test_the_next_token_of_a_mixture_is_that_of_whole_responses():
+    # Two policies over two tokens, two long. Weights 1/2. After token 0, whose probability was
+    # 0.8 and 0.2, the first policy counts for 0.8: p(0 | 0) = 0.8 * 0.5 + 0.2 * 0.1 = 0.42.
+    logits = torch.tensor([[[0.5, 0.5]], [[0.1, 0.9]]]).log()  # (K, M, V)
+    before = torch.tensor([[0.8], [0.2]]).log()
+    found = next_token(logits, before, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(found, torch.tensor([[0.42, 0.58]]))
+    # That is p(00) / p(0) = (0.5 * 0.8 * 0.5 + 0.5 * 0.2 * 0.1) / (0.5 * 0.8 + 0.5 * 0.2).
+    assert float(found[0, 0]) == pytest.approx((0.2 + 0.01) / 0.5)
+    alone = next_token(logits, before, torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(alone, torch.tensor([[0.1, 0.9]]))
 
 
 def test_policies_are_chosen_as_often_as_their_weights():

@@ -5,22 +5,32 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from prefloop import em
 from prefloop.aggregate import mixture
 from prefloop.aggregating import Types, accuracy_by_annotator, answer, load_types, posterior, solve
-from prefloop.aggregating.forms import Imitation, draw_one_type, pool_logits
+from prefloop.aggregating.forms import (
+    Imitation,
+    answers_of,
+    distil_by_kl,
+    draw_one_type,
+    pool_logits,
+)
+from prefloop.aggregating.teaching import Student
 from prefloop.cli import main
 from prefloop.data import read
 from prefloop.data.tokens import tokenize
 from prefloop.mixture import Votes
-from prefloop.policies import Sampling
+from prefloop.policies import Lora, Sampling, load_policy
+from prefloop.policies.policy import evaluating
 from prefloop.policies.sampling import sample
 from prefloop.report import write_report
 from prefloop.runs import read_json, read_jsonl, write_jsonl
-from prefloop.types import Logps, judgement
+from prefloop.settings import TrainSettings
+from prefloop.types import Logps, judgement, score
 
 WORDS = [f"w{number}" for number in range(60)]
 LOOP = [
@@ -266,6 +276,92 @@ def test_aggregate_writes_regrets_forms_and_one_distilled_policy(run, prompts, v
     page = write_report([run, out], folder / "report.html").read_text()
     assert "Annotator types" in page
     assert "One policy for all types" in page
+
+
+@pytest.mark.parametrize("form", ["draw", "geometric"])
+def test_a_student_that_is_the_teacher_has_no_kl_and_a_teacher_alone_is_its_type(form, types):
+    rows = [tiny_row((5, 6), [(7, 8, 9), (4,)]), tiny_row((9,), [(5, 5)])]
+    weights = torch.tensor([1.0, 0.0]).double()
+    student = Student(types.use(0), types, form, weights)
+    with torch.no_grad(), evaluating(types.policies[0].model):
+        minus_kl = score(student, rows)  # the student is whichever type the teacher left in use
+        found = score(student, rows).token
+    assert minus_kl.mask.sum() == 3 + 1 + 2
+    assert found.max() <= 1e-6  # KL is never negative
+    base = load_policy(types.model)
+    other = Student(base, types, form, weights)
+    with torch.no_grad():
+        apart = score(other, rows).token.sum()
+        expected = kl_by_hand(types.use(0), base, rows)
+    assert float(-apart) == pytest.approx(expected, abs=1e-4)
+    assert expected > 0.01
+
+
+def kl_by_hand(teacher, student, rows) -> float:
+    """Sum over all response tokens of KL, one response at a time, from plain logits."""
+    total = 0.0
+    for one in rows:
+        for response in one.responses:
+            tokens = torch.tensor([[*one.prompt, *response]])
+            p, q = (policy.model(tokens).logits[0] for policy in (teacher, student))
+            places = slice(len(one.prompt) - 1, tokens.shape[1] - 1)
+            p, q = p[places].log_softmax(-1), q[places].log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum())
+    return total
+
+
+@pytest.mark.parametrize("form", ["draw", "geometric"])
+def test_kl_brings_a_student_closer_to_its_teacher(form, types, folder):
+    weights = torch.tensor([0.7, 0.3]).double()
+    prompts = [(5, 6), (7, 8, 9)]
+    settings = Sampling(max_new_tokens=4)
+    drawn = list(answers_of(form, types, prompts, weights, settings, range(2)))
+    answers = [tuple(one[place] for one in drawn) for place in range(2)]
+    policy = load_policy(types.model, adapter=Lora(rank=2, alpha=4.0))
+    out, loop = folder / f"kl-{form}", TrainSettings(lr=0.02, epochs=12, batch_size=2, warmup=0.0)
+    training = (loop, Accelerator(cpu=True))
+    last = distil_by_kl(policy, prompts, answers, (types, form, weights), training, out)
+    first = next(read_jsonl(out / "metrics.jsonl"))["loss"]
+    assert 0 < last["loss"] < 0.7 * first
+    assert (out / "policy" / "adapter_model.safetensors").exists()
+
+
+def test_every_form_is_evaluated_by_annotator(run, model, prompts, votes, folder, capsys):
+    out = folder / "fair"
+    words = f"aggregate {run} --data {prompts} --out {out} --n 2 --max-new-tokens 4 --new {votes}"
+    last = "--distil 1 --by kl --weights personal --annotator person-3 --lora-rank 2"
+    loop = "--batch-size 4 --epochs 6 --lr 0.03"
+    assert main(f"{words} {last} {loop}".split()) == 0
+    assert len(list(read_jsonl(out / "answers.jsonl"))) == 4
+    said = f"evaluate {out} --data {votes} --by annotator --max-new-tokens 4"
+    assert main(said.split()) == 0
+    found = read_json(out / "evaluation.json")
+    forms = found["forms"]
+    assert {"min-max", "max-min", "population", "type 1", "personal", "distilled"} <= forms.keys()
+    assert {"min-max, geometric", "reference"} <= forms.keys()
+    assert "win_rate" not in forms["uniform, geometric"]  # pools that nobody deploys are not drawn
+    assert forms["reference"]["win_rate"]["average"] == pytest.approx(0.5)  # itself: ties
+    assert forms["distilled"]["regret"]["average"] < forms["reference"]["regret"]["average"]
+    assert forms["personal"]["accuracy"]["worst"] > 0.9
+    assert forms["type 1"]["accuracy"]["worst"] < 0.1
+    assert forms["personal"]["regret"]["worst"] < forms["type 1"]["regret"]["worst"]
+    assert found["result"][0]["name"].startswith("accuracy, ")
+    assert "distilled" in capsys.readouterr().out
+    assert main([*said.split(), "--reward", "vader"]) == 2
+    assert "leave --reward out" in capsys.readouterr().err
+
+
+def test_a_plain_run_is_evaluated_by_annotator_too(model, votes, folder):
+    out = folder / "single"
+    words = f"train --model {model} --data {votes} --out {out} --held-out-share 0 --max-steps 2"
+    assert main(words.split() + LOOP) == 0
+    assert main(f"evaluate {out} --data {votes} --by annotator".split()) == 0
+    forms = read_json(out / "evaluation.json")["forms"]
+    assert set(forms) == {"reference", "policy", "implicit reward"}
+    accuracy = forms["implicit reward"]["accuracy"]
+    groups = [one["value"] for one in accuracy["groups"].values()]
+    assert accuracy["worst"] == min(groups)
+    assert accuracy["average"] == pytest.approx(sum(groups) / 6)
 
 
 @pytest.mark.parametrize(

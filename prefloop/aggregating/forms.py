@@ -17,12 +17,14 @@ from torch import Tensor
 
 from prefloop.aggregate import choose_policy, geometric
 from prefloop.aggregating.loading import Types
+from prefloop.aggregating.teaching import Student
 from prefloop.objectives.family import log_ratio
 from prefloop.policies import Policy, Sampling
 from prefloop.policies.policy import evaluating
 from prefloop.policies.readers import Reader, adapters_by_row
 from prefloop.policies.sampling import derived_seed, race, sample, warp
 from prefloop.settings import TrainSettings
+from prefloop.trainer import build_trainer, fit
 from prefloop.trainer.loop import Metrics
 from prefloop.training import Training
 from prefloop.types import Judgement, Logps, PerComparison, PerResponse, Tokenized, UserError
@@ -145,7 +147,44 @@ def distil(
     out: Path,
 ) -> Metrics:
     """Train `policy` to answer as `answers` ([prompt][answer]) do; it is saved as `out`/policy."""
-    rows = [
+    training = Training(
+        policy=policy,
+        objective=Imitation(),
+        settings=settings,
+        accelerator=accelerator,
+        out=out,
+    )
+    return training(_rows(prompts, answers))
+
+
+def distil_by_kl(
+    policy: Policy,
+    prompts: Prompts,
+    answers: Sequence[Sequence[Tokens]],
+    teacher: tuple[Types, str, Tensor],
+    training: tuple[TrainSettings, Accelerator],
+    out: Path,
+) -> Metrics:
+    """`distil`, by KL(teacher || student) at every token of the answers; see `teaching`.
+
+    Args:
+        policy: who learns; saved as `out`/policy.
+        prompts, answers: of the teacher itself, [prompt][answer].
+        teacher: types, form ("draw" or "geometric") and weights of the mixture.
+        training: the numbers of the loop, and devices.
+        out: the run folder.
+    """
+    settings, accelerator = training
+    policy.model.to(accelerator.device)  # pyright: ignore[reportArgumentType] - overloads
+    student = Student(policy, *teacher)
+    trainer = build_trainer(student, Imitation(), None, settings, accelerator)
+    metrics = fit(trainer, _rows(prompts, answers), [], out)
+    policy.save(out / "policy")
+    return metrics
+
+
+def _rows(prompts: Prompts, answers: Sequence[Sequence[Tokens]]) -> list[Tokenized]:
+    return [
         Tokenized(
             prompt=tuple(prompt),
             responses=tuple(given),
@@ -155,11 +194,3 @@ def distil(
         )
         for number, (prompt, given) in enumerate(zip(prompts, answers, strict=True), 1)
     ]
-    training = Training(
-        policy=policy,
-        objective=Imitation(),
-        settings=settings,
-        accelerator=accelerator,
-        out=out,
-    )
-    return training(rows)

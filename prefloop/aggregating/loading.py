@@ -61,15 +61,15 @@ class Types:
         for index in range(len(self)):
             policy = self.use(index)
             with evaluating(policy.model):
-                tables.append(_sums(policy, rows, token_budget))
+                tables.append(response_logps(policy, rows, token_budget))
         return torch.stack(tables)
 
     def _reference_logps(self, rows: Sequence[Tokenized], token_budget: int) -> Tensor:
         if not self.share_a_base:
             with evaluating(self.reference.model):
-                return _sums(self.reference, rows, token_budget)
+                return response_logps(self.reference, rows, token_budget)
         with self.reference.reference() as model, evaluating(model):
-            return _sums(self.reference, rows, token_budget)
+            return response_logps(self.reference, rows, token_budget)
 
 
 def load_types(run: Path, device: torch.device | str | None = None) -> Types:
@@ -108,7 +108,10 @@ def load_types(run: Path, device: torch.device | str | None = None) -> Types:
     )
 
 
-def _sums(policy: Policy, rows: Sequence[Tokenized], token_budget: int) -> Float[Tensor, "B N"]:
+@torch.no_grad()
+def response_logps(
+    policy: Policy, rows: Sequence[Tokenized], token_budget: int = 8192
+) -> Float[Tensor, "B N"]:
     """log p(y|x) of every response of `rows`, in batches; 0 where there is none."""
     scorer = policy.scorer(None)
     table = torch.zeros(response_mask(rows).shape[:2], dtype=torch.float64)

@@ -59,10 +59,11 @@ def accuracy_by_annotator(
             forms[f"{name}, geometric"] = pooled.squeeze(-1)
     personal = known_weights(types, votes)[votes.annotator].mT  # (K, J)
     forms["personal"] = mixture(logps[1:], personal)
-    return {name: _by_annotator(found - logps[0], votes) for name, found in forms.items()}
+    return {name: accuracy_of(found - logps[0], votes) for name, found in forms.items()}
 
 
-def _by_annotator(log_ratio: Float[Tensor, "J N"], votes: Votes) -> dict[str, Any]:
+def accuracy_of(log_ratio: Float[Tensor, "J N"], votes: Votes) -> dict[str, Any]:
+    """How often log pi / pi_ref orders responses as each annotator did; a tie counts 1/2."""
     row, better, worse = ordered_pairs(judgement(votes.rows).rank)
     margin = log_ratio[row, better] - log_ratio[row, worse]
     credit = (margin.sign() + 1) / 2

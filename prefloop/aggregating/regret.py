@@ -10,7 +10,9 @@ from torch import Tensor
 
 from prefloop.aggregate import (
     Aggregation,
+    MaxMin,
     Regret,
+    max_min_reward,
     min_max_regret,
     multiplicative_weights,
     sampled_regret,
@@ -48,17 +50,27 @@ def answer(
     The regret is that of the policies themselves only at temperature 1 without top-k or top-p.
     """
     answers = [sample(types.use(index), prompts, n, settings, seed) for index in range(len(types))]
+    tokens = [[[one.tokens for one in drawn] for drawn in asked] for asked in answers]
+    return Answered(answers=answers, log_ratio=judged(types, prompts, tokens))
+
+
+def judged(
+    types: Types,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Sequence[tuple[int, ...]]]],
+) -> Float[Tensor, "F K X S"]:
+    """log pi_u(y|x) / pi_ref(y|x) of answers [who][prompt][sample], equally many by everybody."""
     rows = [
         Tokenized(
             prompt=tuple(prompt),
-            responses=tuple(one.tokens for drawn in answers for one in drawn[place]),
+            responses=tuple(one for drawn in answers for one in drawn[place]),
             place=f"prompt {place + 1}",
         )
         for place, prompt in enumerate(prompts)
     ]
-    logps = types.logps(rows)  # (1 + K, X, K * S)
-    ratio = (logps[1:] - logps[0]).unflatten(-1, (len(types), n))  # (u, X, i, S)
-    return Answered(answers=answers, log_ratio=ratio.permute(2, 0, 1, 3))
+    logps = types.logps(rows)  # (1 + K, X, F * S)
+    ratio = (logps[1:] - logps[0]).unflatten(-1, (len(answers), len(answers[0][0])))
+    return ratio.permute(2, 0, 1, 3)  # from (u, X, F, S)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,8 @@ class Solved:
         importance: c_u, how much a unit of each type's regret counts.
         min_max: by linear programming, with its certificate.
         multiplicative: the same game by the authors' algorithm.
+        max_min: the mixture that gives most reward to the type that gets least, as MaxMin-RLHF
+            aims at.
         shares: of each type among the annotators.
     """
 
@@ -77,13 +91,19 @@ class Solved:
     importance: Float[Tensor, " K"]
     min_max: Aggregation
     multiplicative: Aggregation
+    max_min: MaxMin
     shares: Float[Tensor, " K"]
 
     def weights(self) -> dict[str, Tensor]:
         """Name of a mixture -> how often each type's policy answers."""
         types = len(self.shares)
         uniform = torch.full((types,), 1 / types, dtype=torch.float64)
-        named = {"min-max": self.min_max.weights, "population": self.shares, "uniform": uniform}
+        named = {
+            "min-max": self.min_max.weights,
+            "max-min": self.max_min.weights,
+            "population": self.shares,
+            "uniform": uniform,
+        }
         for index in range(types):
             named[f"type {index + 1}"] = torch.eye(types, dtype=torch.float64)[index]
         return named
@@ -97,6 +117,11 @@ class Solved:
             "shares": self.shares.tolist(),
             "min_max": _aggregation(self.min_max),
             "multiplicative_weights": _aggregation(self.multiplicative),
+            "max_min": {
+                "weights": self.max_min.weights.tolist(),
+                "least": self.max_min.least,
+                "bound": self.max_min.bound,
+            },
             "mixtures": {
                 name: {"weights": weights.tolist(), **self.loss(weights)}
                 for name, weights in self.weights().items()
@@ -130,11 +155,13 @@ def solve(types: Types, answered: Answered, importance: Sequence[float]) -> Solv
         )
     scale = torch.tensor(importance or [1.0] * len(types), dtype=torch.float64)
     regret = sampled_regret(answered.log_ratio, types.beta)
+    value = types.beta * answered.log_ratio.double().mean((-1, -2)).mT  # (u, i)
     return Solved(
         regret=regret,
         importance=scale,
         min_max=min_max_regret(regret.matrix, scale),
         multiplicative=multiplicative_weights(regret.matrix, scale, STEPS),
+        max_min=max_min_reward(value),
         shares=types.shares,
     )
 

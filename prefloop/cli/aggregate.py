@@ -36,11 +36,13 @@ class Aggregate:
     new: Path | None = None
     """A few judgements of new annotators: their types go to personal.jsonl."""
     distil: int = 0
-    """Answers a prompt to train one policy on; 0 trains none."""
-    weights: Literal["min-max", "population", "uniform", "personal"] = "min-max"
-    """How often each type answers, for --distil."""
+    """Answers a prompt to train one policy on; 0 trains none. They are kept in answers.jsonl."""
+    by: Literal["sft", "kl"] = "sft"
+    """How it learns: from the answers' tokens, or from the form's whole distribution at each."""
+    weights: Literal["min-max", "max-min", "population", "uniform", "personal"] = "min-max"
+    """How often each type answers, for --distil: min-max regret, max-min reward, shares, equal."""
     annotator: str = ""
-    """Whose posterior mixture is distilled, with --weights personal."""
+    """Whose posterior mixture is distilled, with --weights personal; of the run, or of --new."""
     form: Literal["draw", "geometric"] = "draw"
     """draw: one type answers a prompt; geometric: logits are pooled, which averages rewards."""
     lora_rank: int = 16
@@ -63,11 +65,13 @@ class Aggregate:
         from prefloop.cli import settings
         from prefloop.data import encoder, read_prompts
         from prefloop.policies import Sampling
-        from prefloop.runs import start_run, write_json
+        from prefloop.runs import start_run, write_json, write_jsonl
 
         prompts = read_prompts(self.data)
         types = load_types(self.run)
-        self._refuse_nobody(types)
+        new = self._new(types)
+        known = types.gamma | new
+        self._refuse_nobody(known)
         out = start_run(self.out, "aggregate", settings(self), self.resume)
         drawing = Sampling(
             temperature=self.temperature, max_new_tokens=self.max_new_tokens, rows=self.rows
@@ -82,25 +86,27 @@ class Aggregate:
         if self.held_out:
             self._evaluate(types, solved, out)
         if self.new:
-            self._personalize(types, out)
+            lines = ({"annotator": name, "gamma": gamma} for name, gamma in new.items())
+            write_jsonl(out / "personal.jsonl", lines)
+            print(f"types of {len(new)} new annotators: {out / 'personal.jsonl'}")
         if self.distil:
-            self._distil(types, self._weights(types, solved), tokens, drawing)
+            self._distil(types, self._weights(known, solved), tokens, drawing)
         print(f"next: prefloop report {out}")
 
-    def _refuse_nobody(self, types: "Types") -> None:
+    def _refuse_nobody(self, known: Mapping[str, list[float]]) -> None:
         from prefloop.errors import UserError
 
-        if self.weights == "personal" and self.annotator not in types.gamma:
+        if self.weights == "personal" and self.annotator not in known:
             raise UserError(
-                f"--weights personal needs --annotator, one of the {len(types.gamma)} annotators "
-                f"of {self.run}; got {self.annotator!r}"
+                f"--weights personal needs --annotator, one of the {len(known)} annotators "
+                f"of {self.run} and of --new; got {self.annotator!r}"
             )
 
-    def _weights(self, types: "Types", solved: "Solved") -> "Tensor":
+    def _weights(self, known: Mapping[str, list[float]], solved: "Solved") -> "Tensor":
         import torch
 
         if self.weights == "personal":
-            return torch.tensor(types.gamma[self.annotator], dtype=torch.float64)
+            return torch.tensor(known[self.annotator], dtype=torch.float64)
         return solved.weights()[self.weights]
 
     def _evaluate(self, types: "Types", solved: "Solved", out: Path) -> None:
@@ -114,15 +120,14 @@ class Aggregate:
         for name, one in found.items():
             print(f"  {name:<24}{one['worst']:.3f}  {one['average']:.3f}")
 
-    def _personalize(self, types: "Types", out: Path) -> None:
+    def _new(self, types: "Types") -> dict[str, list[float]]:
+        """Posterior of each annotator of --new."""
         from prefloop.aggregating import posterior
-        from prefloop.mixture.rounds import write_responsibilities
 
-        assert self.new is not None
+        if self.new is None:
+            return {}
         votes = self._votes(types, self.new)
-        path = out / "personal.jsonl"
-        write_responsibilities(path, votes.names, posterior(types, votes))
-        print(f"types of {len(votes.names)} new annotators: {path}")
+        return dict(zip(votes.names, posterior(types, votes).tolist(), strict=True))
 
     def _votes(self, types: "Types", path: Path) -> Any:
         from prefloop import data
@@ -142,18 +147,30 @@ class Aggregate:
         prompts: list[tuple[int, ...]],
         drawing: "Sampling",
     ) -> None:
-        from prefloop.aggregating import answers_of, distil
+        from prefloop.aggregating import answers_of, distil, distil_by_kl
         from prefloop.policies import Lora, load_policy
+        from prefloop.runs import write_jsonl
         from prefloop.trainer.build import accelerator_for
 
         seeds = range(self.loop.seed, self.loop.seed + self.distil)
         drawn = list(answers_of(self.form, types, prompts, weights, drawing, seeds))
         answers = [tuple(one[place] for one in drawn) for place in range(len(prompts))]
+        decode = types.reference.tokenizer.decode
+        told = (
+            {"prompt": decode([*prompt]), "answers": [decode([*one]) for one in given]}
+            for prompt, given in zip(prompts, answers, strict=True)
+        )
+        write_jsonl(self.out / "answers.jsonl", told)
         adapter = Lora(rank=self.lora_rank, alpha=2.0 * self.lora_rank) if self.lora_rank else None
         policy = load_policy(types.model, adapter=adapter, seed=self.loop.seed)
         accelerator = accelerator_for((), self.out, "no")
-        metrics = distil(policy, prompts, answers, self.loop, accelerator, self.out)
-        print(f"distilled {self.form} of {self.weights}: loss {metrics['loss']:.4f}")
+        if self.by == "kl":
+            teacher, training = (types, self.form, weights), (self.loop, accelerator)
+            metrics = distil_by_kl(policy, prompts, answers, teacher, training, self.out)
+        else:
+            metrics = distil(policy, prompts, answers, self.loop, accelerator, self.out)
+        said = f"distilled {self.form} of {self.weights} by {self.by}"
+        print(f"{said}: loss {metrics['loss']:.4f} nats an answer")
         print(f"policy: {self.out / 'policy'}")
 
 
@@ -161,7 +178,7 @@ def _say(found: Mapping[str, Any]) -> None:
     for row, errors in zip(found["matrix"], found["standard_error"], strict=True):
         cells = (f"{x:8.4f} ({e:.4f})" for x, e in zip(row, errors, strict=True))
         print("regret  " + "  ".join(cells))
-    for name in ("min-max", "population", "uniform"):
+    for name in ("min-max", "max-min", "population", "uniform"):
         one = found["mixtures"][name]
         weights = " ".join(f"{weight:.3f}" for weight in one["weights"])
         print(f"{name:<12}weights {weights}  worst regret {one['worst']:.4f}")

@@ -9,6 +9,7 @@ process of its own, and prints seconds from its start to its end and its peak me
 
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -36,8 +37,8 @@ class Scale:
     """parquet or arrow."""
     rule: str = "PVar()"
     """The rule."""
-    more: tuple[str, ...] = ()
-    """More options of prefloop select: --more --quota topic=100000."""
+    more: str = ""
+    """More options of prefloop select: --more="--budget 1000000 --quota topic=100000"."""
     processes: int = 1
     """Above 1: started by torchrun."""
 
@@ -50,7 +51,8 @@ class Scale:
             size = source.stat().st_size / 2**30
             print(f"{self.rows:,} rows, {size:.2f} GiB of {self.format}, made in {made:.0f} s")
             command = [*self.launcher(), "select", "--data", str(source)]
-            command += ["--out", f"{folder}/out", "--rule", self.rule, *self.more]
+            command += ["--out", f"{folder}/out", "--rule", self.rule]
+            command += shlex.split(self.more)
             started = time.perf_counter()
             subprocess.run(command, check=True)
             seconds = time.perf_counter() - started

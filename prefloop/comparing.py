@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from prefloop.collecting import Draw
 from prefloop.data import Empty, Overlong, encoder, tokenize
-from prefloop.evaluation import (
-    kl,
-    length_controlled_win_rate,
-    outcomes,
-    preference_accuracy,
-    win_rate,
-)
+from prefloop.diagnostics.displacement import displacement
+from prefloop.diagnostics.ranking import ranking as order
+from prefloop.evaluation import kl, length_controlled_win_rate, outcomes, win_rate
 from prefloop.intervals import Estimate, mean
 from prefloop.logps import Scorer
 from prefloop.policies import Policy, load_policy
@@ -28,7 +26,7 @@ from prefloop.policies.sampling import FromPolicy, Sample
 from prefloop.rewards import Reward, score
 from prefloop.runs import read_json, write_json, write_jsonl
 from prefloop.samplers import FromReference
-from prefloop.types import Comparison, Logps, Tokenized, UserError, judgement, ordered_pairs
+from prefloop.types import Comparison, Logps, Tokenized, UserError, judgement
 from prefloop.types import score as logps_of
 
 
@@ -90,28 +88,26 @@ def ranking(policy: Policy, comparisons: Sequence[Comparison]) -> dict[str, Any]
     What evaluation.json holds; a pair of a comparison counts once, intervals are over prompts.
     """
     rows, trained, base, left_out = both_logps(policy, comparisons)
-    row, chosen, rejected = ordered_pairs(judgement(rows).rank)
-    if not len(row):
-        raise UserError("the held-out comparisons order no two responses; nothing to compare with")
-    prompts = {prompt: at for at, prompt in enumerate(dict.fromkeys(r.prompt for r in rows))}
-    clusters = torch.tensor([prompts[rows[at].prompt] for at in row.tolist()])
-    scores = {
-        "policy, log-probability": trained.sum,
-        "policy, per token": trained.mean,
-        "reference, log-probability": base.sum,
-        "reference, per token": base.mean,
-        "implicit reward": trained.sum - base.sum,
+    rank, prompt = judgement(rows).rank, same_prompt(rows)
+    found = order(trained, base, rank, clusters=prompt)
+    chosen = displacement(trained, base, rank, prompt).chosen
+    names = {
+        "policy, log-probability": found.policy,
+        "policy, per token": found.policy_token,
+        "reference, log-probability": found.reference,
+        "reference, per token": found.reference_token,
+        "implicit reward": found.implicit,
     }
-    result = [
-        preference_accuracy(value[row, chosen] - value[row, rejected], clusters).accuracy.row(
-            f"accuracy, {name}", "share"
-        )
-        for name, value in scores.items()
-    ]
-    change = (trained.sum - base.sum)[row, chosen]
-    fell = mean((change < 0).double(), clusters).row("chosen became less likely", "share")
-    moved = mean(change.double(), clusters).row("change of chosen log-probability", "nats")
+    result = [part.accuracy.row(f"accuracy, {name}", "share") for name, part in names.items()]
+    fell = chosen.fell.row("chosen became less likely", "share")
+    moved = chosen.mean.row("change of chosen log-probability", "nats")
     return {"result": [*result, fell, moved], "rows": left_out}
+
+
+def same_prompt(rows: Sequence[Tokenized]) -> Int[Tensor, " B"]:
+    """A number for each row's prompt: rows that share one are one cluster of an interval."""
+    numbers = {prompt: at for at, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
+    return torch.tensor([numbers[row.prompt] for row in rows])
 
 
 def both_logps(

@@ -122,6 +122,57 @@ def weighted_did_entropy(
     )
 
 
+class MatchedEntropy(NamedTuple):
+    """DID entropy of an update that was shrunk to a given size.
+
+    Attributes:
+        estimate: a prompt each.
+        tilt: t in [0, 1]: the update taken is pi_ref (pi / pi_ref)^t, normalized.
+    """
+
+    estimate: EntropyEstimate
+    tilt: float
+
+
+def entropy_at_size(
+    log_ratio: Float[Tensor, "P K"],
+    log_proposal: Float[Tensor, "P K"],
+    log_reference: Float[Tensor, "P K"],
+    size: float,
+) -> MatchedEntropy | None:
+    """DID entropy where the update is `size` nats large, None where it never gets so large.
+
+        pi_t proportional to pi_ref (pi/pi_ref)^t
+        KL(pi_ref || pi_t) = log E_ref e^(t f) - t E_ref f
+
+    H(q) tends to log |Y| as an update shrinks, so entropies of two updates say something only at
+    equal size. Along pi_t the divergence rises from 0; t is where its mean over prompts is `size`.
+    Derived; expectations under pi_ref are self-normalized, and as rough as the entropy itself.
+
+    Args:
+        log_ratio: f = log pi(y_k) - log pi_ref(y_k) of K samples of each of P prompts.
+        log_proposal: log-probability of the samples under what they were drawn from.
+        log_reference: log pi_ref(y_k).
+        size: KL(pi_ref || pi_t), nats a response, > 0.
+    """
+    if not size > 0:
+        raise UserError(f"the size of an update must be positive, got {size} nats")
+    chance = (log_reference - log_proposal).log_softmax(-1)
+
+    def divergence(tilt: float) -> float:
+        mean_ratio = (chance.exp() * log_ratio).sum(-1)
+        return float(((chance + tilt * log_ratio).logsumexp(-1) - tilt * mean_ratio).mean())
+
+    if divergence(1.0) < size:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if divergence(middle) < size else (low, middle)
+    tilted = high * log_ratio
+    return MatchedEntropy(weighted_did_entropy(tilted, tilted - log_proposal), high)
+
+
 def sample_did(
     node_log_ratio: Float[Tensor, "nodes V"],
     length: int,

@@ -1,6 +1,7 @@
 """The commands end to end on a tiny model; a user's mistake is one line and writes nothing."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -336,12 +337,49 @@ def test_the_scores_of_several_reward_models_are_read_from_the_file(model, tmp_p
     assert next(read_jsonl(tmp_path / "run/metrics.jsonl"))["loss"] == pytest.approx(0.09)
 
 
+def test_training_is_swept_over_starts_and_gone_on_with(model, tmp_path, capsys):
+    data, held_out = comparisons(tmp_path / "data.jsonl"), comparisons(tmp_path / "held.jsonl", 9)
+    assert train(model, data, tmp_path / "run", "--held-out-share", "0") == 0
+    words = [
+        "diagnose",
+        str(tmp_path / "run"),
+        "--data",
+        str(held_out),
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    words += ["--init-sweep", "0", "2", "--sft-lr", "0.01"]
+    assert main(words) == 0
+    first, second = read_json(tmp_path / "s" / "init_sweep.json")["starts"]
+    begun = "chosen at the start, nats a token"
+    assert second[begun] > first[begun]  # SFT on the chosen
+    assert second["chosen"] != first["chosen"]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "[" not in capsys.readouterr().out  # every stage is on disk
+    assert main(["report", str(tmp_path / "s")]) == 0
+    assert "Initialization" in (tmp_path / "s" / "report.html").read_text()
+    assert main([*words[:-5], "--init-sweep", "2"]) == 2
+    assert "two starts or more" in capsys.readouterr().err
+
+
 def test_a_trained_policy_is_diagnosed_and_the_report_shows_it(model, tmp_path, capsys):
     data = comparisons(tmp_path / "data.jsonl")
     assert train(model, data, tmp_path / "run", "--held-out-share", "0") == 0
     held_out = comparisons(tmp_path / "held_out.jsonl", 9)
-    assert main(["diagnose", str(tmp_path / "run"), "--data", str(held_out)]) == 0
+    more = ["--samples", "2", "--max-new-tokens", "4", "--rejected-policy", str(model)]
+    assert main(["diagnose", str(tmp_path / "run"), "--data", str(held_out), *more]) == 0
     held = read_json(tmp_path / "run" / "diagnosis.json")
+    for number in (
+        "answers to other prompts, mean change, nats",
+        "CHES, mean",
+        "DID entropy, nats",
+        "gradient norm over its PVar bound, mean",
+        "power law, beta of the data",
+    ):
+        assert math.isfinite(held["numbers"][number]), number
+    weights = list(read_jsonl(tmp_path / "run" / "rejected_weights.jsonl"))
+    assert all(sum(row["weights"]) == pytest.approx(1) for row in weights)
     assert held["verdict"][0] in capsys.readouterr().out
     assert main(["evaluate", str(tmp_path / "run"), "--data", str(held_out)]) == 0
     names = [row["name"] for row in read_json(tmp_path / "run/evaluation.json")["result"]]

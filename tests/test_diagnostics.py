@@ -14,7 +14,7 @@ from prefloop.diagnostics.displacement import (
     first_order_change,
     mass_shift,
 )
-from prefloop.diagnostics.gradients import first_order, gradient_bound
+from prefloop.diagnostics.gradients import first_order, gradient_bound, inner_products
 from prefloop.diagnostics.information import information_of_chosen, information_of_samples
 from prefloop.diagnostics.ranking import (
     margin_calibration,
@@ -194,7 +194,7 @@ def test_the_first_order_test_predicts_the_sign_of_a_real_step():
     similar = Tokenized(prompt=(1, 5), responses=((7, 7), (7, 7, 7, 7)), rank=(1, 2))
     distinct = Tokenized(prompt=(1, 5, 6), responses=((20, 2), (40, 41, 2)), rank=(1, 2))
     for row, lowered in ((similar, True), (distinct, False)):
-        found = first_order(scorer, [row])
+        found = first_order(inner_products(scorer, [row]), [row])
         assert found.falls.value == lowered
         before = score(scorer, [row]).sum[0].double()
         parameters = list(scorer.parameters())
@@ -215,7 +215,7 @@ def test_the_first_order_test_predicts_the_sign_of_a_real_step():
 
 def test_equal_responses_have_cosine_one_and_sit_on_the_border():
     row = Tokenized(prompt=(1, 5), responses=((7, 8, 2), (7, 8, 2)), rank=(1, 2))
-    found = first_order(Scorer(tiny.llama()), [row])
+    found = first_order(inner_products(Scorer(tiny.llama()), [row]), [row])
     assert found.overlap[0] == pytest.approx(1, abs=1e-4)
     assert found.cosine.value == pytest.approx(1, abs=1e-4)
 
@@ -225,7 +225,7 @@ def test_the_tabular_gradients_are_known():
     # <g_w, g_l> = -.16 - .21 + .25 = -.12.
     policy = TabularPolicy(torch.tensor([[0.2, 0.3, 0.5]]).log())
     rows = [Tokenized(prompt=(0,), responses=((0,), (1,), (2,)), rank=(1, 2, 0))]
-    found = first_order(policy, rows)
+    found = first_order(inner_products(policy, rows), rows)
     assert found.chosen_norm[0] ** 2 == pytest.approx(0.98, abs=1e-6)
     assert found.overlap[0] == pytest.approx(-0.12 / 0.98, abs=1e-6)
     assert found.falls.value == 0
@@ -238,7 +238,9 @@ def test_the_gradient_bound_by_hand_and_attained():
     # sigmoid - 1/2 = 1/4, PVar 1/16. Norm beta 1/4 sqrt 2, which is the bound.
     policy = TabularPolicy(torch.zeros(1, 2))
     row = Tokenized(prompt=(0,), responses=((0,), (1,)), rank=(1, 2))
-    found = gradient_bound(policy, [row], torch.tensor([[math.log(3), 0.0]]), beta=0.5)
+    found = gradient_bound(
+        inner_products(policy, [row]), torch.tensor([[math.log(3), 0.0]]), beta=0.5
+    )
     assert found.variance[0] == pytest.approx(1 / 16)
     assert found.norm[0] == pytest.approx(0.5 / 4 * math.sqrt(2))
     assert found.bound[0] == pytest.approx(found.norm[0])
@@ -252,7 +254,7 @@ def test_the_gradient_norm_is_that_of_the_loss_and_under_its_bound():
         Tokenized(prompt=(place,), responses=((0,), (1,), (2,), (3,)), rank=(1, 2, 3, 4))
         for place in range(3)
     ]
-    found = gradient_bound(policy, rows, rewards, beta=0.3)
+    found = gradient_bound(inner_products(policy, rows), rewards, beta=0.3)
     for place, row in enumerate(rows):
         sums = score(policy, [row]).sum[0]
         implicit = rewards[place] + 0.3 * (sums - sums.detach())  # rhat, with its gradient
@@ -376,13 +378,12 @@ def test_information_of_samples_reaches_the_exact_entropy_from_all_responses():
         ),
         (
             lambda: first_order(
-                TabularPolicy(torch.zeros(1, 2)),
-                [Tokenized(prompt=(0,), responses=((0,), (1,)), rank=(1, 1))],
+                [torch.eye(2)], [Tokenized(prompt=(0,), responses=((0,), (1,)), rank=(1, 1))]
             ),
             "orders two responses",
         ),
         (
-            lambda: first_order(TabularPolicy(torch.zeros(1, 2)).requires_grad_(False), []),
+            lambda: inner_products(TabularPolicy(torch.zeros(1, 2)).requires_grad_(False), []),
             "no parameter is trained",
         ),
     ],

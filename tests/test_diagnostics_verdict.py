@@ -73,7 +73,7 @@ def test_displacement_names_its_numbers_and_where_the_mass_went():
     assert "The margin grew all the same, since the rejected responses fell further" in text
     assert "chosen and rejected both fell: what they lost went to answers" in text
     assert "Which answers is not known: no unjudged response was scored." in text
-    assert "Try --stable hinge" in text
+    assert 'Try --stable "Hinge()"' in text
     assert "collapse" not in text
     assert "No displacement" not in text
 
@@ -199,7 +199,7 @@ def test_the_diagnosis_is_plain_json_that_a_report_shows(tmp_path):
     assert page.count("<figure>") == 5  # three histograms, reliability, overlap
     assert "&lt;b&gt;ann" in page
     for sentence in value["verdict"]:
-        assert sentence.replace("'", "&#39;") in page
+        assert sentence.replace("'", "&#39;").replace('"', "&#34;") in page
 
 
 def test_the_smallest_diagnosis_has_no_empty_pages():

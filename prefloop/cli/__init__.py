@@ -99,14 +99,20 @@ def _run(name: str, words: list[str]) -> int:
 def _with_config(command: Any, name: str, words: list[str]) -> tuple[list[str], Any]:
     """Take `--config FILE` out of `words`; the file's settings become the defaults."""
     from prefloop.errors import UserError
-    from prefloop.runs import read_json
 
     if "--config" not in words:
         return words, None
     at = words.index("--config")
     if at + 1 == len(words):
         raise UserError("--config needs a file: the config.json of a run")
-    path = Path(words[at + 1])
+    return words[:at] + words[at + 2 :], replayed(command, name, Path(words[at + 1]))
+
+
+def replayed(command: Any, name: str, path: Path) -> Any:
+    """The command `name` as it was run: with the settings of the config.json at `path`."""
+    from prefloop.errors import UserError
+    from prefloop.runs import read_json
+
     stored = read_json(path)
     if not isinstance(stored, dict) or stored.get("command") != name:
         raise UserError(f"{path}: this is not the config.json of a `prefloop {name}` run")
@@ -116,7 +122,7 @@ def _with_config(command: Any, name: str, words: list[str]) -> tuple[list[str], 
             f"{path}: prefloop {name} has no setting {', '.join(unknown)}; it has "
             f"{', '.join(sorted(names))}"
         )
-    return words[:at] + words[at + 2 :], _made(command, stored["settings"], str(path))
+    return _made(command, stored["settings"], str(path))
 
 
 def settings(command: Any) -> dict[str, Any]:

@@ -9,9 +9,12 @@ import tyro
 from prefloop.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from accelerate import Accelerator
 
+    from prefloop.initialization import Recipe
     from prefloop.objectives import Objective
     from prefloop.policies import Policy
     from prefloop.trainer.loop import Gradient, Metrics
@@ -114,6 +117,30 @@ class Train:
         accelerator.end_training()
         if accelerator.is_main_process:
             _say(self.out, metrics)
+
+    def recipe(self) -> "Recipe":
+        """How this command trains, to do it again from another model."""
+        from dataclasses import replace
+
+        from prefloop.initialization import Recipe
+        from prefloop.trainer.build import accelerator_for
+
+        accelerator = accelerator_for((), self.out, self.precision)
+        given, _ = self._divided()
+
+        def gradient(policy: "Policy") -> "tuple[Gradient, Sequence[Tokenized]]":
+            shown = self._demonstrations(policy)
+            return self._shown(self._minimised()[1], shown), shown
+
+        return Recipe(
+            load=lambda model: replace(self, model=model)._policy(accelerator.device),
+            rows=lambda policy, objective: self._rows(given, [], policy, objective)[0].rows,
+            gradient=gradient,
+            model=self.model,
+            objective=self._minimised()[0],
+            settings=self.loop,
+            accelerator=accelerator,
+        )
 
     def _minimised(self) -> tuple["Objective", "Gradient"]:
         """The objective, and how its gradient is computed."""

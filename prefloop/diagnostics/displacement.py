@@ -94,12 +94,18 @@ class MassShift:
     other: Mass | None
 
 
-def displacement(policy: Logps, reference: Logps, rank: Int[Tensor, "B N"]) -> Displacement:
+def displacement(
+    policy: Logps,
+    reference: Logps,
+    rank: Int[Tensor, "B N"],
+    clusters: Int[Tensor, " B"] | None = None,
+) -> Displacement:
     """Changes of chosen, rejected and other responses from `reference` to `policy`.
 
     Args:
         policy, reference: (B, N, T) log-probabilities of the same responses.
         rank: 1 = best, equal = tied, 0 = not judged.
+        clusters: the prompt of each comparison, where several share one; else each is its own.
 
     Raises:
         UserError: no comparison orders two responses.
@@ -110,11 +116,17 @@ def displacement(policy: Logps, reference: Logps, rank: Int[Tensor, "B N"]) -> D
     fell = moved < 0
     judged = found.chosen | found.rejected
     both = (fell | ~judged).all(-1)[found.ordered]
+    if clusters is None:
+        clusters = torch.arange(len(rank), device=rank.device)
+
+    def described(which: Bool[Tensor, "B N"]) -> Change:
+        return change_of(moved[which], policy.length[which], clusters[which.nonzero()[:, 0]])
+
     return Displacement(
-        chosen=_change(moved, policy.length, found.chosen),
-        rejected=_change(moved, policy.length, found.rejected),
-        other=_change(moved, policy.length, found.other) if found.other.any() else None,
-        both_fell=share(both),
+        chosen=described(found.chosen),
+        rejected=described(found.rejected),
+        other=described(found.other) if found.other.any() else None,
+        both_fell=share(both, clusters[found.ordered]),
         tied=int((~found.ordered).sum()),
     )
 
@@ -183,15 +195,15 @@ def ches_per_token(
     return ches(first, second)
 
 
-def _change(
-    moved: Float[Tensor, "B N"], length: Int[Tensor, "B N"], which: Bool[Tensor, "B N"]
+def change_of(
+    values: Float[Tensor, " P"], length: Int[Tensor, " P"], clusters: Int[Tensor, " P"]
 ) -> Change:
-    values, clusters = moved[which], which.nonzero()[:, 0]
+    """Changes of some responses, nats each, with their lengths in tokens and their prompts."""
     ordered = values.sort().values
     place = torch.linspace(0, len(values) - 1, min(SHOWN, len(values))).round().long()
     return Change(
         mean=mean(values, clusters),
-        token=ratio(values, length[which], clusters),
+        token=ratio(values, length, clusters),
         fell=share(values < 0, clusters),
         quantiles=tuple(np.quantile(ordered.cpu().numpy(), QUANTILES).tolist()),
         values=tuple(ordered[place.to(ordered.device)].tolist()),

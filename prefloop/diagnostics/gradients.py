@@ -50,21 +50,32 @@ class GradientBound:
     variance: tuple[float, ...]
 
 
-def first_order(scorer: nn.Module, batch: Sequence[Tokenized]) -> FirstOrder:
-    """The test on every strictly ordered pair of `batch`, for the parameters that are trained.
+def inner_products(scorer: nn.Module, batch: Sequence[Tokenized]) -> list[Tensor]:
+    """<s_i, s_j> of the responses of each row, an (n, n) table a row: all that the tests need.
+
+    s = grad log pi(y|x), for the parameters that are trained.
 
     Raises:
-        UserError: no parameter requires a gradient, or no comparison orders two responses.
+        UserError: no parameter requires a gradient.
     """
     parameters = _trained(scorer)
+    tables = []
+    for row in batch:
+        grads = _response_gradients(scorer, row, parameters)
+        tables.append((grads @ grads.T).double())
+    return tables
+
+
+def first_order(inner_of: Sequence[Tensor], batch: Sequence[Tokenized]) -> FirstOrder:
+    """The test on every strictly ordered pair of `batch`, from its `inner_products`.
+
+    Raises:
+        UserError: no comparison orders two responses.
+    """
     found: list[tuple[float, float, float]] = []
     rows: list[int] = []
-    for place, row in enumerate(batch):
+    for place, (row, inner) in enumerate(zip(batch, inner_of, strict=True)):
         _, chosen, rejected = ordered_pairs(judgement([row]).rank)
-        if not len(chosen):
-            continue
-        grads = _response_gradients(scorer, row, parameters)
-        inner = grads @ grads.T
         for better, worse in zip(chosen.tolist(), rejected.tolist(), strict=True):
             square = (inner[better, better], inner[better, worse], inner[worse, worse])
             found.append((float(square[0]), float(square[1]), float(square[2])))
@@ -84,7 +95,7 @@ def first_order(scorer: nn.Module, batch: Sequence[Tokenized]) -> FirstOrder:
 
 
 def gradient_bound(
-    scorer: nn.Module, batch: Sequence[Tokenized], rewards: Float[Tensor, "B N"], beta: float
+    inner_of: Sequence[Tensor], rewards: Float[Tensor, "B N"], beta: float
 ) -> GradientBound:
     """Does preference variance bound the gradients of this model, on these prompts?
 
@@ -95,17 +106,17 @@ def gradient_bound(
     what one learns is how tight it is, and whether the norm follows PVar.
 
     Args:
-        scorer: what scores the responses; only parameters that are trained count.
-        batch: prompts with N responses each.
-        rewards: rhat = beta log pi/pi_ref of each response.
+        inner_of: `inner_products` of the prompts' responses, two or more each.
+        rewards: rhat = beta log pi/pi_ref of each response; of a prompt with fewer than N
+            responses, the first ones count.
         beta: of the loss.
     """
-    parameters = _trained(scorer)
-    variance = preference_variance(rewards.double())
+    count = torch.tensor([len(inner) for inner in inner_of])
+    there = torch.arange(rewards.shape[-1]) < count.unsqueeze(-1)
+    variance = preference_variance(rewards.double(), there)
     norms, bounds = [], []
-    for row, reward, spread in zip(batch, rewards.double(), variance, strict=True):
-        grads = _response_gradients(scorer, row, parameters).double()
-        inner = grads @ grads.T
+    for inner, padded, spread in zip(inner_of, rewards.double(), variance, strict=True):
+        reward = padded[: len(inner)]
         pairs = len(reward) * (len(reward) - 1)
         pull = (reward.unsqueeze(0) - reward.unsqueeze(1)).sigmoid() - 0.5  # 0 on the diagonal
         weight = 2 * beta * pull.sum(1) / pairs  # antisymmetric: i and j count the same pair

@@ -26,12 +26,34 @@ class InformationOfSamples:
         divergence: log pi - log pi_ref of the samples, nats, mean over prompts; it is
             KL(pi || pi_ref) where they were drawn from pi, -KL(pi_ref || pi) where from pi_ref.
         samples: answers a prompt.
+        matched: the entropy at each of `SIZES` that the update reaches; these may be compared.
     """
 
     entropy: Estimate
     effective_samples: Estimate
     divergence: Estimate
     samples: int
+    matched: tuple["AtSize", ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtSize:
+    """DID entropy of the update shrunk to a size that other updates reach too.
+
+    Attributes:
+        size: KL(pi_ref || pi_t), nats a response.
+        tilt: t of pi_t = pi_ref (pi / pi_ref)^t, normalized; 1 is the update as it is.
+        entropy, effective_samples: as in `InformationOfSamples`.
+    """
+
+    size: float
+    tilt: float
+    entropy: Estimate
+    effective_samples: Estimate
+
+
+SIZES = (0.1, 0.5, 2.0)
+"""Sizes at which entropies of updates are compared, nats a response."""
 
 
 def information_of_samples(
@@ -50,12 +72,25 @@ def information_of_samples(
     moved = change(policy, reference)
     if not policy.exists.all() or moved.shape[-1] < 2:
         raise UserError("DID entropy needs equally many answers to each prompt, two or more")
-    found = did.estimate_did_entropy(moved, proposal.double())
+    proposal = proposal.double()
+    found = did.estimate_did_entropy(moved, proposal)
+    base = reference.token.double().sum(-1)
+    matched = [(size, did.entropy_at_size(moved, proposal, base, size)) for size in SIZES]
     return InformationOfSamples(
         entropy=mean(found.entropy),
         effective_samples=mean(found.effective_samples),
         divergence=mean(moved.mean(-1)),
         samples=moved.shape[-1],
+        matched=tuple(
+            AtSize(
+                size=size,
+                tilt=at.tilt,
+                entropy=mean(at.estimate.entropy),
+                effective_samples=mean(at.estimate.effective_samples),
+            )
+            for size, at in matched
+            if at is not None
+        ),
     )
 
 

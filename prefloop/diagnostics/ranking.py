@@ -60,6 +60,7 @@ def ranking(
     rank: Int[Tensor, "B N"],
     rewards: Float[Tensor, "B N"] | None = None,
     beta: float = 0.1,
+    clusters: Int[Tensor, " B"] | None = None,
 ) -> Ranking:
     """Ranking accuracy of policy, reference and implicit reward.
 
@@ -69,6 +70,7 @@ def ranking(
         rewards: the true reward of each response, the logit of the preference, where it is known:
             the optimum is then log pi* = log pi_ref + reward / beta.
         beta: of training; only `idealized` depends on it.
+        clusters: the prompt of each comparison, where several share one; else each is its own.
 
     References:
         Chen et al., "Preference Learning Algorithms Do Not Learn Preference Rankings",
@@ -76,9 +78,10 @@ def ranking(
     """
     moved = change(policy, reference)
     row, chosen, rejected = _pairs(rank)
+    prompt = row if clusters is None else clusters[row]
 
     def accuracy(score: Float[Tensor, "B N"]) -> Accuracy:
-        return preference_accuracy(score[row, chosen] - score[row, rejected], row)
+        return preference_accuracy(score[row, chosen] - score[row, rejected], prompt)
 
     base = reference.token.double().sum(-1)
     length = policy.length.clamp(min=1)

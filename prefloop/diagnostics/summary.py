@@ -3,15 +3,13 @@
 The sections have the form that `prefloop.report.section_json` reads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from prefloop.diagnostics.displacement import Change, Mass
+from prefloop.diagnostics.pages import Section, cell, further, further_numbers, table
 from prefloop.diagnostics.verdict import Findings, verdict
 from prefloop.evaluation import Calibration
-from prefloop.intervals import Estimate
-
-Section = dict[str, Any]
 
 
 def diagnosis(found: Findings) -> dict[str, Any]:
@@ -23,6 +21,7 @@ def diagnosis(found: Findings) -> dict[str, Any]:
         *_people(found),
         *_bins(found),
         *_gradients(found),
+        *further(found),
         *_text(found),
     ]
     return {"verdict": list(verdict(found)), "numbers": numbers(found), "sections": sections}
@@ -58,7 +57,7 @@ def numbers(found: Findings) -> dict[str, float | int | None]:
         flat["DID entropy, log policy / reference of its samples, nats"] = (
             found.information.divergence.value
         )
-    return flat
+    return flat | further_numbers(found)
 
 
 def _displacement(found: Findings) -> Section:
@@ -71,10 +70,10 @@ def _displacement(found: Findings) -> Section:
     rows = [
         [
             name,
-            _cell(part.fell, "share"),
-            _cell(part.mean, "nats"),
+            cell(part.fell, "share"),
+            cell(part.mean, "nats"),
             part.median,
-            _cell(part.token, "nats"),
+            cell(part.token, "nats"),
             part.responses,
         ]
         for name, part in parts.items()
@@ -86,7 +85,7 @@ def _displacement(found: Findings) -> Section:
             "Change of log-probability from the reference to the policy, on the comparisons that "
             "were diagnosed. Training on margins alone does not keep the chosen responses likely."
         ],
-        "tables": [_table("Changes", columns, rows)],
+        "tables": [table("Changes", columns, rows)],
         "histograms": [
             {
                 "title": f"Change of the {name} responses",
@@ -108,9 +107,9 @@ def _mass(found: Findings) -> Section:
     rows = [
         [
             name,
-            _cell(part.before, "share"),
-            _cell(part.after, "share"),
-            _cell(part.log_change, "nats"),
+            cell(part.before, "share"),
+            cell(part.after, "share"),
+            cell(part.log_change, "nats"),
         ]
         for name, part in groups.items()
         if part is not None
@@ -122,7 +121,7 @@ def _mass(found: Findings) -> Section:
             "Shares are of the scored responses of a comparison; the change is absolute. Other: "
             "responses that were scored and that nobody judged."
         ],
-        "tables": [_table("", columns, rows)],
+        "tables": [table("", columns, rows)],
     }
 
 
@@ -136,14 +135,14 @@ def _ranking(found: Findings) -> Section:
         "DPO's optimum for the true reward": found.ranking.idealized,
     }
     rows = [
-        [name, _cell(part.accuracy, "share"), part.correct, part.tied, part.wrong]
+        [name, cell(part.accuracy, "share"), part.correct, part.tied, part.wrong]
         for name, part in who.items()
         if part is not None
     ]
     columns = ["ordered by", "as labelled", "right", "tied", "wrong"]
     return {
         "title": "Ranking and calibration",
-        "tables": [_table("Pairs ordered as labelled", columns, rows)],
+        "tables": [table("Pairs ordered as labelled", columns, rows)],
         "lines": [_reliability(found.calibration)],
     }
 
@@ -166,12 +165,12 @@ def _people(found: Findings) -> list[Section]:
     if found.annotators is None:
         return []
     rows = [
-        [name, _cell(part, "nats"), part.values] for name, part in found.annotators.groups.items()
+        [name, cell(part, "nats"), part.values] for name, part in found.annotators.groups.items()
     ]
     return [
         {
             "title": "Margins by annotator",
-            "tables": [_table("", ["annotator", "mean margin", "pairs"], rows)],
+            "tables": [table("", ["annotator", "mean margin", "pairs"], rows)],
         }
     ]
 
@@ -182,14 +181,14 @@ def _bins(found: Findings) -> list[Section]:
     rows = [
         [
             f"{part.low:.4g} to {part.high:.4g}",
-            _cell(part.margin, "nats"),
-            _cell(part.accuracy.accuracy, "share"),
+            cell(part.margin, "nats"),
+            cell(part.accuracy.accuracy, "share"),
             part.margin.values,
         ]
         for part in found.bins
     ]
     columns = [found.score, "mean margin", "as labelled", "pairs"]
-    return [{"title": f"Margins by {found.score}", "tables": [_table("", columns, rows)]}]
+    return [{"title": f"Margins by {found.score}", "tables": [table("", columns, rows)]}]
 
 
 def _gradients(found: Findings) -> list[Section]:
@@ -222,11 +221,11 @@ def _text(found: Findings) -> list[Section]:
     rows = [
         [
             name,
-            _cell(part.length, "units"),
-            _cell(part.repeated, "share"),
-            _cell(part.looping, "share"),
+            cell(part.length, "units"),
+            cell(part.repeated, "share"),
+            cell(part.looping, "share"),
             part.distinct,
-            None if part.unfinished is None else _cell(part.unfinished, "share"),
+            None if part.unfinished is None else cell(part.unfinished, "share"),
         ]
         for name, part in shown.items()
     ]
@@ -239,13 +238,4 @@ def _text(found: Findings) -> list[Section]:
         f"distinct {n}-grams, share",
         "cut at the limit",
     ]
-    return [{"title": "Sampled text", "tables": [_table("", columns, rows)]}]
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Mapping[str, Any]:
-    return {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
-
-
-def _cell(estimate: Estimate, unit: str) -> Mapping[str, Any]:
-    """An estimate as a cell that a report shows with its interval."""
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "unit": unit}
+    return [{"title": "Sampled text", "tables": [table("", columns, rows)]}]

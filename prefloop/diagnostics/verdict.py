@@ -4,13 +4,15 @@ Every threshold is a constant here and a row of `docs/diagnostics.md`. A sentenc
 that made it. What was not measured is said, never guessed.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from prefloop.diagnostics.displacement import Displacement, MassShift
-from prefloop.diagnostics.gradients import FirstOrder
+from prefloop.diagnostics.alike import Alikeness
+from prefloop.diagnostics.displacement import Change, Displacement, MassShift
+from prefloop.diagnostics.gradients import FirstOrder, GradientBound
 from prefloop.diagnostics.information import InformationOfSamples
 from prefloop.diagnostics.ranking import Bin, Ranking
+from prefloop.diagnostics.teaching import RejectedSampler, Taught
 from prefloop.diagnostics.text import TextStatistics
 from prefloop.evaluation import Calibration, Groups
 from prefloop.intervals import Estimate
@@ -33,6 +35,10 @@ OVERCONFIDENT = 0.1
 """Confidence less accuracy of the Bradley-Terry probabilities, from which on they mislead."""
 UNEQUAL = 0.25
 """Difference of the best and the worst annotator's mean margin over the larger of the two."""
+FOLLOWS = -0.3
+"""Spearman's correlation of CHES with the chosen's change, from which on alike pairs lost most."""
+OTHER_BETA = 2.0
+"""Factor between the data's exponent and training's, from which on they do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,12 @@ class Findings:
         information: DID entropy of sampled answers.
         annotators: margins by annotator.
         bins: margins by a score of the prompt, named `score`.
+        others: changes of responses that are in no comparison, by where they are from.
+        alike: CHES of the pairs.
+        bound: gradients of some prompts against what preference variance allows.
+        chosen: log q of the chosen above uniform, nats.
+        taught, sampler: the power law of the data, and the optimal rejected responses.
+        beta: of the training.
     """
 
     displacement: Displacement
@@ -60,20 +72,29 @@ class Findings:
     annotators: Groups | None = None
     bins: tuple[Bin, ...] = ()
     score: str = ""
+    others: Mapping[str, Change] = field(default_factory=dict)
+    alike: Alikeness | None = None
+    bound: GradientBound | None = None
+    chosen: Estimate | None = None
+    taught: Taught | None = None
+    sampler: RejectedSampler | None = None
+    beta: float = 0.1
 
 
 def verdict(found: Findings) -> tuple[str, ...]:
     """The sentences, worst news first where there is any, advice last."""
     warnings = [
         *_displacement(found.displacement),
-        *_elsewhere(found.displacement, found.mass),
+        *_elsewhere(found),
         *_gradients(found.first_order),
+        *_alike(found.alike),
         *_text(found.before, found.after),
     ]
     quality = [
         *_ranking(found.ranking),
         *_calibration(found.calibration),
         *_groups(found.annotators),
+        *_taught(found.taught, found.beta),
     ]
     good = [] if warnings else [_undisplaced(found.displacement)]
     return (*warnings, *good, *quality, *_advice(found))
@@ -104,24 +125,45 @@ def _displacement(found: Displacement) -> Iterator[str]:
         )
 
 
-def _elsewhere(found: Displacement, mass: MassShift) -> Iterator[str]:
-    if found.both_fell.value >= BOTH_FELL:
+def _elsewhere(found: Findings) -> Iterator[str]:
+    both, other = found.displacement.both_fell, found.mass.other
+    if both.value >= BOTH_FELL:
         yield (
-            f"In {_percent(found.both_fell)} of the comparisons chosen and rejected both fell: "
+            f"In {_percent(both)} of the comparisons chosen and rejected both fell: "
             "what they lost went to answers that the data do not name."
         )
-    if mass.other is None:
-        if found.both_fell.value >= BOTH_FELL:
+        if other is None and not found.others:
             yield (
                 "Which answers is not known: no unjudged response was scored. Add some, with rank "
-                "null, to see."
+                "null, or --samples 4, to see."
             )
-        return
-    gain = mass.other.log_change
-    if gain.low > 0:
+    gains = {} if other is None else {"Responses that nobody chose": other.log_change}
+    gains |= {name.capitalize(): part.mean for name, part in found.others.items()}
+    for name, gain in gains.items():
+        if gain.low > 0:
+            yield (
+                f"{name} became likelier: {gain.value:+.1f} nats "
+                f"[{gain.low:+.1f}, {gain.high:+.1f}]."
+            )
+
+
+def _alike(found: Alikeness | None) -> Iterator[str]:
+    if found is not None and found.follows <= FOLLOWS:
         yield (
-            f"Responses that nobody chose became likelier: {gain.value:+.1f} nats "
-            f"[{gain.low:+.1f}, {gain.high:+.1f}]."
+            "The more alike chosen and rejected were for the model before training (CHES), the "
+            f"more the chosen lost: rank correlation {found.follows:+.2f}."
+        )
+
+
+def _taught(found: Taught | None, beta: float) -> Iterator[str]:
+    if found is None or found.law.beta <= 0:
+        return
+    factor = max(found.law.beta / beta, beta / found.law.beta)
+    if factor >= OTHER_BETA:
+        yield (
+            f"By the {found.source}, the data are built for beta {found.law.beta:.3g} and not for "
+            f"{beta:.3g}: {100 * found.law.matching:.0f} % of the pairs admit an exponent, with a "
+            f"spread of {found.law.spread:.2f} in its logarithm."
         )
 
 
@@ -214,11 +256,11 @@ def _advice(found: Findings) -> Iterator[str]:
     loops = found.after is not None and found.after.looping.value >= LOOPING
     if displaced(found.displacement):
         yield (
-            "Try --stable hinge, an SFT term, a larger beta, or fewer steps; and look at the pairs "
-            "of the highest CHES score."
+            'Try --stable "Hinge()", an SFT term, a larger beta, or fewer steps; and look at the '
+            "pairs of the highest CHES score."
         )
     elif loops:
-        yield "Try fewer steps or a smaller learning rate, and --stable hinge."
+        yield 'Try fewer steps or a smaller learning rate, and --stable "Hinge()".'
 
 
 def _percent(estimate: Estimate, which: str = "value") -> str:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from prefloop.data.columns import Columns
     from prefloop.data.verdict import Handling, Verdict
 
+RANKED_ROWS = 100_000  # rows that the rank of the observable map is worked out from
 SHOWN_ERRORS = 20  # more scroll the first ones away; --json has them all
 
 
@@ -40,6 +42,8 @@ class Check:
     """What training would do with rows that have an empty response."""
     plain_text: bool = False
     """Prompts are plain text, even where the tokenizer has a chat template."""
+    types: int = 2
+    """Types of annotators whose observable rank is worked out; 0 leaves it out."""
     show: int = 0
     """Also print the tokens of this row, counted from 1; needs --model. 0 prints none."""
     json: Path | None = None
@@ -60,13 +64,39 @@ class Check:
         tokenizer, handling = self._how()
         verdict = check(self.data, columns, tokenizer, handling)
         console = Console()
-        console.print(table(verdict))
+        found = table(verdict)
+        observable = self._observable(verdict, columns)
+        for name, value in observable_facts(observable):
+            found.add_row(name, value)
+        console.print(found)
         if self.json is not None:
-            write_json(self.json, verdict.as_json())
+            write_json(self.json, verdict.as_json() | {"observable": observable})
         if tokenizer is not None and self.show:
             console.print(self._shown(columns, tokenizer, console.is_terminal), soft_wrap=True)
         if verdict.errors:
             raise UserError(listed(verdict))
+
+    def _observable(self, verdict: "Verdict", columns: "Columns") -> dict[str, Any] | None:
+        """Rank of the observable map of the first `RANKED_ROWS` rows, where people are named."""
+        people = verdict.annotators
+        if self.types < 2 or verdict.errors or people is None or people.annotators < 2:
+            return None
+        from prefloop.data import iterate
+        from prefloop.identifying import design_of, observable_rank
+
+        design = design_of(islice(iterate(self.data, columns), RANKED_ROWS), self.types)
+        if design is None or not design.groups:
+            return None
+        return {
+            "types": self.types,
+            "parameters": design.parameters(self.types),
+            "rank": observable_rank(design, self.types).rank,
+            "rank_opposite": observable_rank(design, self.types, opposite=True).rank,
+            "responses": sum(design.responses.values()),
+            "prompts": len(design.responses),
+            "all_prompts": design.prompts,
+            "judgements": design.judgements,
+        }
 
     def _how(self) -> tuple["PreTrainedTokenizerBase | None", "Handling"]:
         """The tokenizer of --model, and what training would do with the rows."""
@@ -189,6 +219,23 @@ def _people(verdict: "Verdict") -> Iterator[tuple[str, str]]:
     )
     if verdict.types is not None:
         yield "types of annotators can be told apart", str(verdict.types)
+
+
+def observable_facts(found: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """What the rank of the observable map says, as a row of the table."""
+    if found is None:
+        return
+    whole = found["parameters"]
+    told = (
+        f"{found['rank']} of {whole} at random tastes, {found['rank_opposite']} at opposite ones; "
+        f"{found['responses']:,} responses to {found['prompts']:,} of {found['all_prompts']:,} "
+        "prompts, the most judged"
+    )
+    if found["rank"] < whole:
+        told += ". Ask the same people about more of the same responses, or for rankings"
+    elif found["rank_opposite"] < whole:
+        told += ". Opposite tastes can hide: a second vote of each, or three responses, shows them"
+    yield f"rank of what shows, {found['types']} types", told
 
 
 def _tokens(verdict: "Verdict") -> Iterator[tuple[str, str]]:

@@ -34,7 +34,9 @@ class Worker:
 
 def this_worker() -> Worker:
     """This process, as `accelerate launch` or `torchrun` started it; alone without them."""
-    from accelerate import PartialState  # seconds to import
+    import torch  # seconds to import, as is the next
+    from accelerate import PartialState
 
-    state = PartialState(timeout=PATIENCE)
+    # Accelerate joins processes without an accelerator only if it is told that there is none.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     return Worker(state.process_index, state.num_processes, state.wait_for_everyone)

@@ -5,9 +5,10 @@ most of their words. DPO and SimPO train an adapter on a few of them for many ep
 the same with a penalty outside the safe region. `prefloop diagnose` says what became of the chosen.
 
     python experiments/displacement.py --data shared/data/pandalm/votes.jsonl \\
-        --out runs/displacement --methods DPO SimPO "Stable DPO" "Stable SimPO"
+        --out runs/displacement --model STORIES260K --seeds 0 1 2 3 4 --lr 1e-3 --steps 120
 
-Methods may be run apart, into one --out. SmolLM2-135M-Instruct is trained unless --model is given.
+SmolLM2-135M-Instruct is trained where no --model is given. Methods and seeds may be run apart, into
+one --out; what is there is not run again.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from prefloop import data, smollm2
 from prefloop.comparing import trained_policy
 from prefloop.data import encoder
 from prefloop.diagnosing import diagnose
+from prefloop.intervals import Estimate, mean
 from prefloop.objectives import DPO, Objective, SimPO
 from prefloop.policies import Lora, Policy, Sampling, load_policy
 from prefloop.policies.sampling import FromPolicy, Sampler, sample
@@ -39,7 +41,8 @@ from prefloop.types import Comparison
 
 ALIKE, ANSWER_WORDS, PROMPT_WORDS = 0.5, 20, 45
 TRAIN, HELD_OUT = 12, 12
-LR, BATCH, STEPS, BETA = 5e-4, 4, 36, 0.1
+BATCH, BETA = 4, 0.1
+KINDS = ("train", "held-out")
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,46 @@ def _alike(row: Comparison) -> bool:
     return len(row.prompt.split()) <= PROMPT_WORDS and ratio >= ALIKE
 
 
-def train(method: Method, model: str, rows: Sequence[Comparison], out: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained on what, for how long.
+
+    Attributes:
+        model: folder or name.
+        pairs: to train on, and held out.
+        lr, steps: of the training.
+        out: where the runs go.
+    """
+
+    model: str
+    pairs: tuple[list[Comparison], list[Comparison]]
+    lr: float
+    steps: int
+    out: Path
+
+    def folder(self, name: str, seed: int) -> Path:
+        """The run folder of a method."""
+        return self.out / f"{name.replace(' ', '-')}-{seed}"
+
+    def seeds(self, name: str) -> list[Path]:
+        """The finished runs of a method."""
+        return sorted(
+            path.parents[1]
+            for path in self.out.glob(f"{name.replace(' ', '-')}-[0-9]*/held-out/diagnosis.json")
+        )
+
+
+def train(method: Method, task: Task, seed: int, out: Path) -> None:
     """One run folder."""
-    policy = load_policy(model, adapter=Lora(rank=16, alpha=32.0))
+    policy = load_policy(task.model, adapter=Lora(rank=16, alpha=32.0), seed=seed)
     settings = TrainSettings(
-        lr=LR,
+        lr=task.lr,
         batch_size=BATCH,
         epochs=10**6,
-        max_steps=STEPS,
+        max_steps=task.steps,
         schedule="constant",
-        save_every=STEPS,
+        save_every=task.steps,
+        seed=seed,
     )
     training = Training(
         policy=policy,
@@ -100,7 +133,8 @@ def train(method: Method, model: str, rows: Sequence[Comparison], out: Path) -> 
         out=out,
         gradient=method.gradient,
     )
-    training(prepare(rows, policy, method.objective, Handling(empty=data.Empty.drop)).rows)
+    handling = Handling(empty=data.Empty.drop, overlong=data.Overlong.drop)
+    training(prepare(task.pairs[0], policy, method.objective, handling).rows)
 
 
 def answers(policy: Policy, prompts: Sequence[Comparison], out: Path) -> None:
@@ -121,36 +155,55 @@ def answers(policy: Policy, prompts: Sequence[Comparison], out: Path) -> None:
     )
 
 
-def run(name: str, model: str, pairs: tuple[list[Comparison], list[Comparison]], out: Path) -> None:
+def run(name: str, task: Task, seed: int) -> None:
     """Train and diagnose one method; what is on disk is not made again."""
-    folder, started = out / name.replace(" ", "-"), time.monotonic()
+    folder, started = task.folder(name, seed), time.monotonic()
     if not (folder / "policy").is_dir():
-        train(METHODS[name], model, pairs[0], folder)
-        print(f"{name}: trained in {time.monotonic() - started:.0f} s", flush=True)
+        train(METHODS[name], task, seed, folder)
     policy = trained_policy(folder)
     if not (folder / "samples.jsonl").exists():
-        answers(policy, pairs[1], folder)
-    for kind, rows in zip(("train", "held-out"), pairs, strict=True):
+        answers(policy, task.pairs[1], folder)
+    for kind, rows in zip(KINDS, task.pairs, strict=True):
         place = folder / kind
         if not (place / "diagnosis.json").exists():
             place.mkdir(exist_ok=True)
             diagnose(policy, rows, BETA, folder, place)
-    print(f"{name}: all of it in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def by_epoch(folder: Path, metric: str) -> Line:
+def by_epoch(folders: Sequence[Path], metric: str) -> Line:
     """Means of a metric over each pass through the pairs, against the step it ended at."""
-    rows: list[Mapping[str, Any]] = list(read_jsonl(folder / "metrics.jsonl"))
+    runs = [list(read_jsonl(folder / "metrics.jsonl")) for folder in folders]
     size = TRAIN // BATCH
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    starts = range(0, min(map(len, runs)), size)
+
+    def within(rows: Sequence[Mapping[str, Any]], start: int) -> float:
+        part = rows[start : start + size]
+        return sum(row[metric] for row in part) / len(part)
+
+    at = [over_seeds([within(rows, start) for rows in runs]) for start in starts]
+    known = len(runs) > 1
     return Line(
-        x=[part[-1]["step"] for part in parts],
-        y=[sum(row[metric] for row in part) / len(part) for part in parts],
+        x=[runs[0][min(start + size, len(runs[0])) - 1]["step"] for start in starts],
+        y=[one.value for one in at],
+        low=[one.low for one in at] if known else None,
+        high=[one.high for one in at] if known else None,
     )
 
 
-def show(names: Sequence[str], out: Path) -> None:
-    """Print the table of docs/stable.md, and what the diagnosis says."""
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean over seeds, with a Student-t interval."""
+    return mean(torch.tensor(values, dtype=torch.float64))
+
+
+def said(found: Estimate) -> str:
+    """The mean, and its interval where there are several seeds."""
+    interval = f" [{found.low:.2f}, {found.high:.2f}]" if found.clusters > 1 else ""
+    return f"{found.value:.2f}{interval}"
+
+
+def show(names: Sequence[str], task: Task) -> None:
+    """Print the table of docs/stable.md, and what the diagnosis of the first seed says."""
     keys = {
         "chosen fell": "chosen fell, share",
         "chosen, nats": "chosen change, mean nats",
@@ -158,25 +211,25 @@ def show(names: Sequence[str], out: Path) -> None:
         "rejected, nats": "rejected change, mean nats",
         "implicit accuracy": "accuracy of the implicit reward, share",
     }
-    print(f"\n| method | pairs | {' | '.join(keys)} |")
-    print(f"|---|---|{'---|' * len(keys)}")
+    print(f"\n| method | pairs | seeds | {' | '.join(keys)} |")
+    print(f"|---|---|---|{'---|' * len(keys)}")
+    for kind in KINDS:
+        for name in names:
+            told = [read_json(f / kind / "diagnosis.json")["numbers"] for f in task.seeds(name)]
+            cells = [said(over_seeds([one[key] for one in told])) for key in keys.values()]
+            print(f"| {name} | {kind} | {len(told)} | {' | '.join(cells)} |")
     for name in names:
-        for kind in ("train", "held-out"):
-            held = read_json(out / name.replace(" ", "-") / kind / "diagnosis.json")
-            numbers = [f"{held['numbers'][key]:.2f}" for key in keys.values()]
-            print(f"| {name} | {kind} | {' | '.join(numbers)} |")
-    for name in names:
-        held = read_json(out / name.replace(" ", "-") / "held-out" / "diagnosis.json")
+        held = read_json(task.seeds(name)[0] / "held-out" / "diagnosis.json")
         print(f"\n{name}:", *held["verdict"], sep="\n  - ")
 
 
-def figure(names: Sequence[str], out: Path, path: Path) -> None:
-    """Chosen and rejected over training, by method."""
+def figure(names: Sequence[str], task: Task, path: Path) -> None:
+    """Chosen and rejected over training, by method; bands are 95 % intervals over seeds."""
     panels = [
         Panel(
             title=title,
             x_label="step",
-            lines={name: by_epoch(out / name.replace(" ", "-"), metric) for name in names},
+            lines={name: by_epoch(task.seeds(name), metric) for name in names},
             level=0.0,
         )
         for title, metric in (
@@ -188,24 +241,34 @@ def figure(names: Sequence[str], out: Path, path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is not on disk yet; print and draw when all methods are there."""
+    """Run what is not on disk yet; print and draw what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="PandaLM's votes")
     parser.add_argument("--model", default="", help="folder; SmolLM2-135M-Instruct by default")
     parser.add_argument("--out", type=Path, default=Path("runs/displacement"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--figure", type=Path, help="where to draw; in --out by default")
     asked = parser.parse_args()
     if not asked.data.exists():
         raise SystemExit(f"skipped: {asked.data} is not there")
     torch.set_num_threads(1)
-    pairs = similar_pairs(asked.data)
-    print(f"{len(pairs[0])} pairs to train on, {len(pairs[1])} held out", flush=True)
-    for name in asked.methods:
-        run(name, asked.model or str(smollm2.demo_model()), pairs, asked.out)
-    done = [n for n in METHODS if (asked.out / n.replace(" ", "-") / "held-out").is_dir()]
-    show(done, asked.out)
-    figure(done, asked.out, asked.figure or asked.out / "displacement.png")
+    task = Task(
+        model=asked.model or str(smollm2.demo_model()),
+        pairs=similar_pairs(asked.data),
+        lr=asked.lr,
+        steps=asked.steps,
+        out=asked.out,
+    )
+    print(f"{len(task.pairs[0])} pairs to train on, {len(task.pairs[1])} held out", flush=True)
+    for seed in asked.seeds:
+        for name in asked.methods:
+            run(name, task, seed)
+    done = [name for name in METHODS if task.seeds(name)]
+    show(done, task)
+    figure(done, task, asked.figure or asked.out / "displacement.png")
 
 
 if __name__ == "__main__":

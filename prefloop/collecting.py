@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from prefloop.data import as_row, encoder, iterate
 from prefloop.policies import Policy, Sampling
 from prefloop.policies.sampling import FromPolicy, Sample, Sampler, sample
 from prefloop.runs import append_jsonl, read_jsonl, write_jsonl
+from prefloop.servers import Answer, Connection
 from prefloop.types import Comparison, UserError
 
 
@@ -33,7 +33,47 @@ def sample_to_file(
     draw: Draw,
     on_prompts: Callable[[int], None] = lambda done: None,
 ) -> list[Comparison]:
-    """Answers to each prompt as `out`/responses.jsonl; prompts that are there are not redone.
+    """Answers of `policy` to each prompt as `out`/responses.jsonl, see `collect`."""
+    coder = encoder(policy.tokenizer)
+
+    def answer(chunk: Sequence[Comparison]) -> list[Comparison]:
+        drawn = draw(policy, coder.prompts(chunk))
+        return [_answered(prompt, one) for prompt, one in zip(chunk, drawn, strict=True)]
+
+    return collect(answer, prompts, out, max(1, draw.settings.rows // draw.n), on_prompts)
+
+
+def ask_server(
+    connection: Connection,
+    prompts: Sequence[Comparison],
+    out: Path,
+    draw: Draw,
+    on_prompts: Callable[[int], None] = lambda done: None,
+) -> list[Comparison]:
+    """Answers of the model behind `connection` as `out`/responses.jsonl, see `collect`.
+
+    `server_logps` is the log-probability of each answer as the server gives it, null where it
+    gives none; most give the model's own, before temperature.
+    """
+
+    def answer(chunk: Sequence[Comparison]) -> list[Comparison]:
+        drawn = connection.sample(
+            [row.prompt for row in chunk], draw.n, draw.settings, draw.seed, draw.sampler
+        )
+        name = connection.server.model
+        return [_from_server(prompt, one, name) for prompt, one in zip(chunk, drawn, strict=True)]
+
+    return collect(answer, prompts, out, max(1, 2 * connection.server.concurrency), on_prompts)
+
+
+def collect(
+    answer: Callable[[Sequence[Comparison]], list[Comparison]],
+    prompts: Sequence[Comparison],
+    out: Path,
+    size: int,
+    on_prompts: Callable[[int], None] = lambda done: None,
+) -> list[Comparison]:
+    """`out`/responses.jsonl by `answer`, `size` prompts at a time; what is there is not redone.
 
     Answers follow from (seed, prompt) alone, so a killed run ends in the same file.
     """
@@ -43,13 +83,10 @@ def sample_to_file(
         done = {row["id"]: row for row in read_jsonl(part)} if part.exists() else {}
         write_jsonl(part, done.values())
         missing = [prompt for prompt in prompts if prompt.id not in done]
-        coder = encoder(policy.tokenizer)
-        size = max(1, draw.settings.rows // draw.n)
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
-            answers = draw(policy, coder.prompts(chunk))
-            for prompt, drawn in zip(chunk, answers, strict=True):
-                append_jsonl(part, _answered(prompt, drawn))
+            for row in answer(chunk):
+                append_jsonl(part, as_row(row))
             on_prompts(len(done) + start + len(chunk))
         rows = {row["id"]: row for row in read_jsonl(part)}
         write_jsonl(whole, [rows[prompt.id] for prompt in prompts])
@@ -57,9 +94,24 @@ def sample_to_file(
     return list(iterate(whole))
 
 
-def _answered(prompt: Comparison, drawn: Sequence[Sample]) -> dict[str, Any]:
+def _from_server(prompt: Comparison, drawn: Sequence[Answer], model: str) -> Comparison:
+    """A row of responses.jsonl: texts, and what the server says of them."""
+    return Comparison(
+        prompt=prompt.prompt,
+        responses=tuple(one.text for one in drawn),
+        id=prompt.id,
+        extra={
+            **prompt.extra,
+            "sampler": [f"server:{model}"] * len(drawn),
+            "finished": [one.finished for one in drawn],
+            "server_logps": [None if one.logp is None else sum(one.logp) for one in drawn],
+        },
+    )
+
+
+def _answered(prompt: Comparison, drawn: Sequence[Sample]) -> Comparison:
     """A row of responses.jsonl: texts, and the log-probabilities they were drawn with."""
-    row = Comparison(
+    return Comparison(
         prompt=prompt.prompt,
         responses=tuple(one.text for one in drawn),
         id=prompt.id,
@@ -74,7 +126,6 @@ def _answered(prompt: Comparison, drawn: Sequence[Sample]) -> dict[str, Any]:
             "drawn_logps": [sum(one.drawn_logp) for one in drawn],
         },
     )
-    return as_row(row)
 
 
 def _refuse_repeated(prompts: Sequence[Comparison]) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "reward": "Train a reward model on comparisons, and say what it is worth.",
     "select": "Choose the prompts that are worth a label.",
     "train": "Train a policy on comparisons.",
+    "judge": "Have a language model on a server rank answers.",
     "label": "Rank answers by hand, on a local page.",
     "online": "Rounds of sample, score, select and train.",
     "heads": "Which model of disagreement predicts held-out votes, in minutes.",

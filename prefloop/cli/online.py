@@ -9,7 +9,13 @@ import tyro
 from prefloop.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from prefloop.online import Asking, Learning, Measuring, Recipe
+    from collections.abc import Mapping
+    from contextlib import ExitStack
+    from typing import Any
+
+    from prefloop.online import Asking, Labels, Learning, Measuring, Recipe
+    from prefloop.online.answers import Answers
+    from prefloop.policies.sampling import Sampler
     from prefloop.types import Comparison
 
 
@@ -43,6 +49,18 @@ class Online:
     """pi_ref of the objective: the first model, or the policy that each round begins with."""
     n: int = 2
     """Answers a prompt, where the sampler does not say so itself."""
+    judge: str = ""
+    """Address of an OpenAI-compatible server whose model says which answer of a pair is better,
+    asked in both orders; "" leaves it to the reward."""
+    judge_model: str = ""
+    """Name of the judge's model, where its server has several."""
+    people: bool = False
+    """People say which answer is better: each round waits for `prefloop label`."""
+    server: str = ""
+    """Address of a server that answers in the reference's place, for --recipe vanilla; "" samples
+    with the model in this process."""
+    server_model: str = ""
+    """Name of the model on --server, where it has several."""
     rule: str = "PVar()"
     """What scores a prompt: PVar(scale=1.0), OnlinePVar(beta=0.1), RewardGap(), Random(seed=0)."""
     budget: int = 0
@@ -71,6 +89,8 @@ class Online:
 
     def __call__(self) -> None:
         """Check everything, then do every round that is not on disk."""
+        from contextlib import ExitStack
+
         from prefloop import data, online
         from prefloop.cli import settings
         from prefloop.runs import start_run
@@ -81,22 +101,23 @@ class Online:
         if not self.held_out:
             prompts, held_out = data.split(prompts, self.held_out_share, self.loop.seed)
         recipe = self._recipe()
-        loop = online.Online(
-            asking=self._asking(recipe, prompts),
-            learning=self._learning(recipe),
-            measuring=self._measuring(held_out),
-            rounds=self.rounds,
-            accelerator=accelerator_for((), self.out, "no"),
-            out=self.out,
-            on_stage=lambda number, stage: print(f"[round {number}] {stage}", flush=True),
-        )
-        start_run(self.out, "online", settings(self), self.resume)
-        for row in loop():
-            print(
-                f"round {row['round']}: reward {row['reward']:.4f} (reference "
-                f"{row['reference_reward']:.4f}), KL {row['kl']:.3f} +- {row['kl_se']:.3f}, "
-                f"win rate {row['win_rate']:.3f}, {row['labels']} labels"
+        with ExitStack() as open_ones:
+            loop = online.Online(
+                asking=self._asking(recipe, prompts, open_ones),
+                learning=self._learning(recipe),
+                measuring=self._measuring(held_out),
+                rounds=self.rounds,
+                accelerator=accelerator_for((), self.out, "no"),
+                out=self.out,
+                on_stage=lambda number, stage: print(f"[round {number}] {stage}", flush=True),
             )
+            start_run(self.out, "online", settings(self), self.resume)
+            try:
+                for row in loop():
+                    _say(row)
+            except online.Waiting as waiting:
+                print(waiting)
+                return
         print(f"policy: {self.out / f'round-{self.rounds}' / 'policy'}")
         print(f"next: prefloop report {self.out}")
 
@@ -117,9 +138,11 @@ class Online:
             recipe = replace(recipe, objective=parse(self.objective, (*ALL, *PARTS, XPO)))
         return recipe
 
-    def _asking(self, recipe: "Recipe", prompts: "list[Comparison]") -> "Asking":
+    def _asking(
+        self, recipe: "Recipe", prompts: "list[Comparison]", open_ones: "ExitStack"
+    ) -> "Asking":
         from prefloop.expression import parse
-        from prefloop.online import SOURCES, Asking, source_of
+        from prefloop.online import Asking, source_of
         from prefloop.policies import Sampling
         from prefloop.rewards import load_reward
         from prefloop.selecting import Cut
@@ -128,7 +151,7 @@ class Online:
         return Asking(
             prompts=prompts,
             reward=load_reward(self.reward),
-            first=source_of(parse(self.first, SOURCES), self.n),
+            first=source_of(self._first(), self.n),
             later=source_of(recipe.source, self.n),
             drawing=Sampling(
                 temperature=self.temperature,
@@ -138,8 +161,46 @@ class Online:
             ),
             rule=parse(self.rule, RULES),
             cut=Cut(fraction=1.0, budget=self.budget, price="prompt"),
+            labels=self._labels(recipe, open_ones),
+            answers=self._answers(open_ones),
             seed=self.loop.seed,
         )
+
+    def _first(self) -> "Sampler":
+        """The first round's source; what a server answers is the reference's."""
+        from prefloop.expression import parse
+        from prefloop.online import SOURCES
+        from prefloop.samplers import FromReference
+
+        return FromReference() if self.server else parse(self.first, SOURCES)
+
+    def _labels(self, recipe: "Recipe", open_ones: "ExitStack") -> "Labels":
+        """Who judges: the reward, a model on a server, or people."""
+        from prefloop.errors import UserError
+        from prefloop.judging import Judge
+        from prefloop.labelling import People
+        from prefloop.online import ByScores, refuse_scores
+        from prefloop.servers import Server, connect
+
+        if self.judge and self.people:
+            raise UserError("--judge and --people both say who judges; choose one")
+        if not self.judge and not self.people:
+            return ByScores()
+        refuse_scores(recipe.objective)
+        if self.people:
+            return People()
+        server = Server(url=self.judge, model=self.judge_model)
+        return Judge(open_ones.enter_context(connect(server)), seed=self.loop.seed)
+
+    def _answers(self, open_ones: "ExitStack") -> "Answers":
+        from prefloop.collecting import sample_to_file
+        from prefloop.online import from_server
+        from prefloop.servers import Server, connect
+
+        if not self.server:
+            return sample_to_file
+        server = Server(url=self.server, model=self.server_model)
+        return from_server(open_ones.enter_context(connect(server)))
 
     def _learning(self, recipe: "Recipe") -> "Learning":
         from prefloop.online import REFERENCES, Learning
@@ -162,3 +223,11 @@ class Online:
         drawing = Sampling(max_new_tokens=self.max_new_tokens, rows=self.rows)
         draw = Draw(n=self.held_out_n, settings=drawing, seed=self.loop.seed)
         return Measuring(prompts=held_out, draw=draw)
+
+
+def _say(row: "Mapping[str, Any]") -> None:
+    print(
+        f"round {row['round']}: reward {row['reward']:.4f} (reference "
+        f"{row['reference_reward']:.4f}), KL {row['kl']:.3f} +- {row['kl_se']:.3f}, "
+        f"win rate {row['win_rate']:.3f}, {row['labels']} labels"
+    )

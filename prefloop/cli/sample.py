@@ -1,19 +1,38 @@
 """`prefloop sample`: several answers to each prompt."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from prefloop.collecting import Draw
+    from prefloop.types import Comparison
+
+    Collect = Callable[[Sequence[Comparison], Path, Draw, Callable[[int], None]], list[Comparison]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Sample several answers to each prompt."""
 
-    model: str
-    """Hugging Face name or folder of the policy; a folder with an adapter brings its base along."""
     data: Path
     """Rows with a `prompt`; other columns are carried along."""
     out: Path
     """Folder for responses.jsonl; refused if it holds a run."""
+    model: str = ""
+    """Hugging Face name or folder of the policy; a folder with an adapter brings its base along."""
+    server: str = ""
+    """Address of an OpenAI-compatible server that answers in place of --model; an API key is read
+    from the environment variable PREFLOOP_API_KEY and written nowhere."""
+    server_model: str = ""
+    """Name of the model on --server, where it has several."""
+    completion: bool = False
+    """Ask the server's completion endpoint, which gets the prompt as it stands, not its chat."""
+    concurrency: int = 4
+    """Requests to the server under way at a time."""
     n: int = 4
     """Answers a prompt."""
     sampler: str = "FromPolicy()"
@@ -38,13 +57,15 @@ class Sample:
         from prefloop import data
         from prefloop.cli import settings
         from prefloop.cli.console import progress
-        from prefloop.collecting import Draw, sample_to_file
+        from prefloop.collecting import Draw
+        from prefloop.errors import UserError
         from prefloop.expression import parse
-        from prefloop.policies import Sampling, load_policy
+        from prefloop.policies import Sampling
         from prefloop.runs import start_run
         from prefloop.samplers import SAMPLERS
 
-        sampler = parse(self.sampler, SAMPLERS)
+        if bool(self.model) == bool(self.server):
+            raise UserError("who answers? give --model NAME or --server URL, and not both")
         drawing = Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -52,13 +73,35 @@ class Sample:
             max_new_tokens=self.max_new_tokens,
             rows=self.rows,
         )
+        sampler = parse(self.sampler, SAMPLERS)
         draw = Draw(n=self.n, settings=drawing, seed=self.seed, sampler=sampler)
         prompts = data.read_prompts(self.data)
-        policy = load_policy(self.model)
-        out = start_run(self.out, "sample", settings(self), self.resume)
-        with progress("sampling", len(prompts)) as step:
-            sample_to_file(policy, prompts, out, draw, step)
+        with self._source() as collect:
+            out = start_run(self.out, "sample", settings(self), self.resume)
+            with progress("sampling", len(prompts)) as step:
+                collect(prompts, out, draw, step)
         print(
             f"wrote {out / 'responses.jsonl'}: {self.n} answers to each of {len(prompts)} prompts"
         )
         print(f"next: prefloop score --data {out / 'responses.jsonl'} --reward vader --out SCORED")
+
+    @contextmanager
+    def _source(self) -> "Iterator[Collect]":
+        """Who answers: the policy in this process, or a server."""
+        from functools import partial
+
+        from prefloop.collecting import ask_server, sample_to_file
+        from prefloop.policies import load_policy
+        from prefloop.servers import Server, connect
+
+        if self.model:
+            yield partial(sample_to_file, load_policy(self.model))
+            return
+        server = Server(
+            url=self.server,
+            model=self.server_model,
+            chat=not self.completion,
+            concurrency=self.concurrency,
+        )
+        with connect(server) as connection:
+            yield partial(ask_server, connection)

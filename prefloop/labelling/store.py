@@ -133,6 +133,10 @@ class Store:
         """Ids of the tasks that the annotator has judged or skipped."""
         return {row["task"] for row in self._judgements(annotator)}
 
+    def answered(self) -> set[str]:
+        """Ids of the tasks that anybody has judged or skipped."""
+        return {row["task"] for row in self._judgements(None)}
+
     def count(self, annotator: str) -> Count:
         """How many tasks the annotator has judged and skipped."""
         ranks = [row["rank"] for row in self._judgements(annotator)]

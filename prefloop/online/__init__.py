@@ -2,10 +2,13 @@
 
 sources      where a round's comparisons come from       recipes     the named methods
 exploration  XPO's bonus                                 log_ratios  for rules that read them
+answers      who answers: the policy, or a server        labels      who judges
 loop         the rounds, on disk                         section     the report's page
 """
 
+from prefloop.online.answers import from_server
 from prefloop.online.exploration import XPO
+from prefloop.online.labels import ByScores, Labels, Waiting, refuse_scores
 from prefloop.online.loop import REFERENCES, Asking, Learning, Measuring, Online
 from prefloop.online.recipes import RECIPES, Recipe
 from prefloop.online.sources import SOURCES, Source, ThresholdPairs, source_of
@@ -16,11 +19,16 @@ __all__ = [
     "SOURCES",
     "XPO",
     "Asking",
+    "ByScores",
+    "Labels",
     "Learning",
     "Measuring",
     "Online",
     "Recipe",
     "Source",
     "ThresholdPairs",
+    "Waiting",
+    "from_server",
+    "refuse_scores",
     "source_of",
 ]

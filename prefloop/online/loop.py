@@ -3,6 +3,7 @@
 out/round-R/responses.jsonl, scored.jsonl   answers, and their scores
 out/round-R/selected.jsonl, selection.json  which prompts are worth a label
 out/round-R/log_ratios.jsonl                only for rules that read log-probabilities
+out/round-R/judged.jsonl, labels.sqlite     only with a judge, or with people
 out/round-R/pairs.jsonl                     what is trained on
 out/round-R/metrics.jsonl, policy/          the training, and what came out
 out/round-R/evaluation.json, samples.jsonl  it against the reference, on held-out prompts
@@ -27,6 +28,8 @@ from prefloop.collecting import Draw, sample_to_file
 from prefloop.comparing import compare
 from prefloop.logps import Scorer, cached_reference, model_identity
 from prefloop.objectives import Objective
+from prefloop.online.answers import Answers
+from prefloop.online.labels import ByScores, Labels
 from prefloop.online.log_ratios import with_log_ratios
 from prefloop.online.section import section
 from prefloop.online.sources import Source
@@ -72,12 +75,14 @@ class Asking:
 
     Attributes:
         prompts: asked in every round, anew.
-        reward: who labels.
+        reward: who scores all answers, for the rule, the choosers and the measurements.
         first: where the comparisons of the first round come from; the same for methods that are
             compared with each other.
         later: of the other rounds.
         drawing: how tokens are drawn.
         rule, cut: which prompts are kept.
+        labels: who says which answer of a pair is better; the reward unless told otherwise.
+        answers: how responses.jsonl comes to be; by the policy itself unless told otherwise.
         seed: of answers and choices.
     """
 
@@ -88,6 +93,8 @@ class Asking:
     drawing: Sampling
     rule: Rule
     cut: Cut = field(default_factory=lambda: Cut(fraction=1.0))
+    labels: Labels = field(default_factory=ByScores)
+    answers: Answers = sample_to_file
     seed: int = 0
 
     def source(self, number: int) -> Source:
@@ -202,7 +209,9 @@ class Online:
         policy = self.policy(number - 1)
         pairs = folder / "pairs.jsonl"
         if not pairs.exists():
-            labelled = data.with_ranks(self._pairs(number, folder, policy))
+            found = self._pairs(number, folder, policy)
+            self.on_stage(number, "label")
+            labelled = self.asking.labels(found, folder)
             write_jsonl(pairs, map(data.as_row, labelled))
         self.on_stage(number, "train")
         learning = self.learning
@@ -228,7 +237,7 @@ class Online:
         seed = derived_seed(asking.seed, "round", number)
         draw = Draw(n=source.answers, settings=asking.drawing, seed=seed, sampler=source.sampler)
         self.on_stage(number, "sample")
-        sample_to_file(policy, asking.prompts, folder, draw)
+        asking.answers(policy, asking.prompts, folder, draw)
         self.on_stage(number, "score")
         score_file(folder / "responses.jsonl", folder, [WithReward(asking.reward)])
         if not (folder / "selection.json").exists():

@@ -1,0 +1,35 @@
+"""Who answers the prompts of a round: the policy in this process, or a server for the reference."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+from prefloop.collecting import Draw, ask_server
+from prefloop.errors import UserError
+from prefloop.policies import Policy
+from prefloop.policies.sampling import FromPolicy
+from prefloop.samplers import FromReference
+from prefloop.servers import Connection
+from prefloop.types import Comparison
+
+Answers: TypeAlias = Callable[[Policy, Sequence[Comparison], Path, Draw], list[Comparison]]
+"""Policy, prompts, folder and how to draw -> the rows of the folder's responses.jsonl."""
+
+
+def from_server(connection: Connection) -> Answers:
+    """The model behind `connection` answers in the reference's place; whether it is the reference
+    is for whoever started the server to see to."""
+
+    def answer(
+        policy: Policy, prompts: Sequence[Comparison], folder: Path, draw: Draw
+    ) -> list[Comparison]:
+        if not isinstance(draw.sampler, FromReference):
+            raise UserError(
+                f"{draw.sampler!r} cannot answer through {connection.server.url}: a server holds "
+                "one model that training does not change, so it can stand for the reference only "
+                "(--recipe vanilla). Sample with the model in this process"
+            )
+        return ask_server(connection, prompts, folder, replace(draw, sampler=FromPolicy()))
+
+    return answer

@@ -224,6 +224,6 @@ def test_every_threshold_is_documented_with_its_value():
         for name, value in vars(thresholds).items()
         if name.isupper() and isinstance(value, float)
     }
-    assert len(constants) == 10
+    assert len(constants) == 12
     for name, value in constants.items():
         assert re.search(rf"^\| `{name}` \| {re.escape(f'{value:g}')} ", text, re.MULTILINE), name

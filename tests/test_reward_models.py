@@ -260,7 +260,9 @@ def test_the_command_trains_scores_and_distils(tmp_path, encoder_folder, model_f
     data, run = told(planted(30, frozenset({4})), tmp_path / "data.jsonl"), tmp_path / "run"
     words = ["reward", "--data", str(data), "--encoder", str(encoder_folder), "--out", str(run)]
     assert main([*words, "--members", "3"]) == 0
-    assert "held out:  accuracy 0.8" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "held out:  accuracy 0.8" in said
+    assert "cut there" not in said
     assert main([*words, "--members", "3"]) == 2  # never overwritten
     assert main([*words, "--members", "3", "--resume"]) == 0
     reward = f"RewardModel(path='{run}', penalty=1.0)"
@@ -354,6 +356,14 @@ def test_settings_that_make_no_sense_are_refused(encoder_folder, model_folder, t
     write_json(pooled / "1_Pooling/config.json", {"pooling_mode_cls_token": True})
     with pytest.raises(UserError, match="pools its states in another way"):
         load_encoder(pooled)
+
+
+def test_texts_past_the_limit_of_the_encoder_are_counted(tmp_path, encoder_folder, capsys):
+    long = Comparison("w1", ("w2 " * 80, "w3"), rank=(1, 2), id="long")
+    data = told([*planted(4), long], tmp_path / "data.jsonl")
+    words = ["--data", str(data), "--encoder", str(encoder_folder), "--out", str(tmp_path / "run")]
+    assert main(["reward", *words, "--members", "1", "--l2", "0.1"]) == 0
+    assert "1 texts are longer than the encoder's 64 tokens" in capsys.readouterr().out
 
 
 def test_a_run_folder_that_was_tampered_with_is_refused(tmp_path, encoder_folder):

@@ -126,7 +126,7 @@ class Reward:
     ) -> tuple[list["Comparison"], list["Comparison"]]:
         """What is trained on and what is held out, ranked."""
         from prefloop import data
-        from prefloop.reward_training import judged
+        from prefloop.reward_training import EncoderBackbone, judged
         from prefloop.training import PAIRS
 
         columns = data.parse_columns(self.columns)
@@ -135,6 +135,9 @@ class Reward:
         if not self.held_out and self.held_out_share:
             rows, held_out = data.split(rows, self.held_out_share, self.loop.seed)
         order = PAIRS[self.pairs]
+        if isinstance(backbone, EncoderBackbone) and (cut := backbone.cut([*rows, *held_out])):
+            limit = backbone.encoder.max_tokens
+            print(f"{cut} texts are longer than the encoder's {limit} tokens and are cut there")
         train = judged(backbone.readable(rows), order)
         return train, judged(backbone.readable(held_out), order) if held_out else []
 

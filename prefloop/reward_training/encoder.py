@@ -79,6 +79,11 @@ class EncoderBackbone:
         """All of the rows: an encoder reads any text, and cuts a long one."""
         return list(rows)
 
+    def cut(self, rows: Sequence[Comparison]) -> int:
+        """How many different texts of `rows` are longer than what the encoder reads."""
+        prompts = {prompt_text(row.prompt) for row in rows}
+        return self.encoder.cut([*prompts, *{text for row in rows for text in row.responses}])
+
     def train(
         self, rows: Sequence[Comparison], held_out: Sequence[Comparison], folder: Path, seed: int
     ) -> Mapping[str, int | float]:

@@ -90,6 +90,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
 
 
+def is_whole(document: Path) -> bool:
+    """Whether a stage is done: its JSON document is there, and the `file` beside it that it names.
+
+    The document is written last.
+    """
+    return document.exists() and (document.parent / read_json(document)["file"]).exists()
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write one JSON object a line, whole or not at all; returns how many."""
     path = Path(path)

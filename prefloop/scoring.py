@@ -23,7 +23,7 @@ from prefloop.policies.policy import evaluating
 from prefloop.rewards import Reward
 from prefloop.rewards import score as rewarded
 from prefloop.rewards.encoders import SentenceEncoder
-from prefloop.runs import read_json, write_json, write_jsonl
+from prefloop.runs import is_whole, read_json, write_json, write_jsonl
 from prefloop.shares import Worker
 from prefloop.types import Comparison, Tokenized, UserError
 from prefloop.types import score as logps_of
@@ -178,7 +178,7 @@ def score_file(
     """
     worker = Worker() if worker is None else worker
     finished, parts = out / "scoring.json", out / "parts"
-    if not finished.exists():
+    if not is_whole(finished):
         parts.mkdir(parents=True, exist_ok=True)
         write = _write_arrow if is_columnar(source) else _write_lines
         count = _score_blocks(source, parts, columns, worker, on_rows, write)

@@ -171,6 +171,7 @@ ORDER = [
     for name in (
         "responses.jsonl",
         "scored.jsonl",
+        "scoring.json",
         "selected.jsonl",
         "selection.json",
         "pairs.jsonl",
@@ -185,7 +186,7 @@ ORDER = [
 def test_a_run_stopped_within_a_stage_ends_in_the_same_files(whole, model, prompts, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    for name in ORDER[9:]:
+    for name in ORDER[10:]:
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
     rows = (whole / "round-2/responses.jsonl").read_text().splitlines(keepends=True)
     torn = "".join(rows[:3]) + rows[3][:20]

@@ -1,6 +1,6 @@
 """The rounds of online training, on disk; each stage can be killed and gone on with.
 
-out/round-R/responses.jsonl, scored.jsonl   answers, and their scores
+out/round-R/responses.jsonl, scored.jsonl   answers, and their scores (scoring.json: it is whole)
 out/round-R/selected.jsonl, selection.json  which prompts are worth a label
 out/round-R/log_ratios.jsonl                only for rules that read log-probabilities
 out/round-R/judged.jsonl, labels.sqlite     only with a judge, or with people

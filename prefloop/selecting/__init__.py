@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.data.blocks import is_columnar
-from prefloop.runs import read_json, write_json
+from prefloop.runs import is_whole, read_json, write_json
 from prefloop.selecting.choosing import Choice, choose, reasons
 from prefloop.selecting.cut import PRICES, Candidates, Cut, QuotaOf, parse_quota
 from prefloop.selecting.scanning import Scan, gather, scan
@@ -57,7 +57,7 @@ class Selecting:
         not done again; a killed run goes on with the blocks that are missing.
         """
         finished, folder = out / "selection.json", out / "measured"
-        if not finished.exists():
+        if not is_whole(finished):
             groups = tuple(quota.column for quota in self.cut.quotas)
             rules = (self.rule, *self.also)
             work = Scan(rules=rules, filters=self.filters, groups=groups)

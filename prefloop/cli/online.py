@@ -162,7 +162,7 @@ class Online:
             rule=parse(self.rule, RULES),
             cut=Cut(fraction=1.0, budget=self.budget, price="prompt"),
             labels=self._labels(recipe, open_ones),
-            answers=self._answers(open_ones),
+            answers=self._answers(recipe, open_ones),
             seed=self.loop.seed,
         )
 
@@ -192,13 +192,14 @@ class Online:
         server = Server(url=self.judge, model=self.judge_model)
         return Judge(open_ones.enter_context(connect(server)), seed=self.loop.seed)
 
-    def _answers(self, open_ones: "ExitStack") -> "Answers":
+    def _answers(self, recipe: "Recipe", open_ones: "ExitStack") -> "Answers":
         from prefloop.collecting import sample_to_file
-        from prefloop.online import from_server
+        from prefloop.online import from_server, refuse_changing
         from prefloop.servers import Server, connect
 
         if not self.server:
             return sample_to_file
+        refuse_changing(recipe.source, self.server)
         server = Server(url=self.server, model=self.server_model)
         return from_server(open_ones.enter_context(connect(server)))
 

@@ -6,7 +6,7 @@ answers      who answers: the policy, or a server        labels      who judges
 loop         the rounds, on disk                         section     the report's page
 """
 
-from prefloop.online.answers import from_server
+from prefloop.online.answers import from_server, refuse_changing
 from prefloop.online.exploration import XPO
 from prefloop.online.labels import ByScores, Labels, Waiting, refuse_scores
 from prefloop.online.loop import REFERENCES, Asking, Learning, Measuring, Online
@@ -29,6 +29,7 @@ __all__ = [
     "ThresholdPairs",
     "Waiting",
     "from_server",
+    "refuse_changing",
     "refuse_scores",
     "source_of",
 ]

@@ -24,12 +24,17 @@ def from_server(connection: Connection) -> Answers:
     def answer(
         policy: Policy, prompts: Sequence[Comparison], folder: Path, draw: Draw
     ) -> list[Comparison]:
-        if not isinstance(draw.sampler, FromReference):
-            raise UserError(
-                f"{draw.sampler!r} cannot answer through {connection.server.url}: a server holds "
-                "one model that training does not change, so it can stand for the reference only "
-                "(--recipe vanilla). Sample with the model in this process"
-            )
+        refuse_changing(draw.sampler, connection.server.url)
         return ask_server(connection, prompts, folder, replace(draw, sampler=FromPolicy()))
 
     return answer
+
+
+def refuse_changing(source: object, url: str) -> None:
+    """Refuse a source of answers that a server with one model cannot be."""
+    if not isinstance(source, FromReference):
+        raise UserError(
+            f"{source!r} cannot answer through {url}: a server holds one model that training does "
+            "not change, so it can stand for the reference only (--recipe vanilla). Sample with "
+            "the model in this process"
+        )

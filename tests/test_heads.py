@@ -1,6 +1,7 @@
 """Reward heads that know who voted: exact solutions, laws, planted types, what they refuse."""
 
 import math
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from prefloop import em
 from prefloop.cli import main
 from prefloop.heads import (
+    Compared,
     Descent,
     Folds,
     GeneralPreference,
@@ -84,7 +86,8 @@ def test_one_type_is_logistic_regression_and_types_predict_held_out_votes_better
     votes, _ = planted()
     heads = {f"{k}": LinearTypes(types=k, restarts=1) for k in (1, 2)}
     said: list[str] = []
-    found = compare(heads, votes, Folds(count=3, by="pair"), (0,), said.append)
+    folds = Folds(count=3, by="pair")
+    found = compare(heads, votes, folds, (0,), on_found=lambda name, one: said.append(name))
     assert found["1"].loglik.value == pytest.approx(
         -math.log(2), abs=0.05
     )  # opposite tastes: a coin
@@ -97,7 +100,11 @@ def test_one_type_is_logistic_regression_and_types_predict_held_out_votes_better
     )
     torch.testing.assert_close(one.weights[0], by_hand, atol=1e-5, rtol=0)
     assert found["1"].bic == pytest.approx(3 * math.log(len(votes)) - 2 * one.loglik)
-    assert len(said) == 2
+    assert said == ["1", "2"]
+    again = compare(heads, votes, folds, (0,), found, lambda name, one: said.append(name))
+    assert again == found
+    assert said == ["1", "2", "1"]  # what is known is not fitted again
+    assert Compared.of(asdict(found["2"])) == found["2"]
 
 
 def test_pal_tells_opposite_tastes_apart_and_one_prototype_cannot():
@@ -239,6 +246,10 @@ def test_the_command_compares_heads_and_writes_what_types_differ_in(tmp_path, ca
     assert sorted(found["types"]["LinearTypes 2"]["longer_won"]) == pytest.approx([0, 1], abs=0.05)
     assert len(list(read_jsonl(tmp_path / "out" / "responsibilities-2.jsonl"))) == 6
     assert "adjusted Rand index between seeds 1.000" in capsys.readouterr().out
+    before = (tmp_path / "out" / "heads.json").read_bytes()
+    assert main([*words, "--types", "2", "--folds", "2", "--seeds", "2", "--resume"]) == 0
+    assert (tmp_path / "out" / "heads.json").read_bytes() == before
+    capsys.readouterr()
     assert main([*words[:-1], str(tmp_path / "no"), "--types", "9"]) == 2
     assert "--types 9 is more than the 6 annotators" in capsys.readouterr().err
     assert main([*words[:-1], str(tmp_path / "no"), "--folds", "5"]) == 2

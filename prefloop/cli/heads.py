@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from prefloop.heads import PairVotes, Told
+    from prefloop.heads import Compared, PairVotes, Told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,17 @@ class Heads:
     """Seeds of the folds and of the heads: 0, 1, ..."""
     annotator_missing: Literal["refuse", "own"] = "refuse"
     """What happens to rows without an annotator: own makes each an annotator of its own."""
+    resume: bool = False
+    """Go on with the comparison in --out: heads that it has are not fitted again."""
     columns: tuple[str, ...] = ()
     """Other names of columns, new=old: annotator=worker."""
 
     def __call__(self) -> None:
         """Fit, hold out, compare, and say what the types differ in."""
-        from dataclasses import asdict
-
         from prefloop.cli import settings
         from prefloop.errors import UserError
-        from prefloop.heads import Folds, compare, heads_section, line_up
-        from prefloop.runs import start_run, write_json
+        from prefloop.heads import Folds, compare, line_up
+        from prefloop.runs import start_run
 
         if self.types < 1 or self.seeds < 1:
             raise UserError(
@@ -57,21 +57,39 @@ class Heads:
         votes = self._votes()
         folds, seeds = Folds(count=self.folds, by=self.hold_out), range(self.seeds)
         folds(votes, 0)  # refuses too many before anything is written
-        out = start_run(self.out, "heads", settings(self), resume=False)
-        compared = compare(
-            line_up(self.types, self.restarts, self.crossfit),
-            votes,
-            folds,
-            seeds,
-            lambda line: print(line, flush=True),
-        )
+        out = start_run(self.out, "heads", settings(self), self.resume)
+        known = self._known(out / "heads.json")
+
+        def found(name: str, one: "Compared") -> None:
+            print(f"{name:<16}{one}", flush=True)
+            known[name] = one
+            self._write(out, known, {})
+
+        heads = line_up(self.types, self.restarts, self.crossfit)
+        compared = compare(heads, votes, folds, seeds, dict(known), found)
         types = {f"LinearTypes {k}": self._told(votes, k, out) for k in range(2, self.types + 1)}
+        self._write(out, compared, types)
+        print(f"wrote {out / 'heads.json'}")
+        print(f"next: prefloop mixture --data {self.data} --model MODEL --out MIXTURE")
+
+    def _known(self, path: Path) -> "dict[str, Compared]":
+        from prefloop.heads import Compared
+        from prefloop.runs import read_json
+
+        if not path.exists():
+            return {}
+        return {name: Compared.of(one) for name, one in read_json(path)["compared"].items()}
+
+    def _write(self, out: Path, compared: "dict[str, Compared]", types: "dict[str, Told]") -> None:
+        from dataclasses import asdict
+
+        from prefloop.heads import heads_section
+        from prefloop.runs import write_json
+
         found = {name: asdict(one) for name, one in compared.items()}
         described = {name: asdict(one) | {"gamma": None} for name, one in types.items()}
         write_json(out / "heads.json", {"compared": found, "types": described})
         write_json(out / "heads.section.json", heads_section(compared, types))
-        print(f"wrote {out / 'heads.json'}")
-        print(f"next: prefloop mixture --data {self.data} --model MODEL --out MIXTURE")
 
     def _votes(self) -> "PairVotes":
         from prefloop import data

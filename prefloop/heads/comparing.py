@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import log
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -49,6 +50,13 @@ class Compared:
     gain: Estimate
     parameters: int
     bic: float
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "Compared":
+        """What `dataclasses.asdict` made of one, by way of JSON."""
+        estimates = {name: Estimate(**told[name]) for name in ("loglik", "accuracy", "gain")}
+        numbers = {"parameters": told["parameters"], "bic": told["bic"]}
+        return cls(seeds=tuple(told["seeds"]), **estimates, **numbers)
 
     def __str__(self) -> str:
         return (
@@ -126,7 +134,8 @@ def compare(
     votes: PairVotes,
     folds: Folds,
     seeds: Sequence[int],
-    say: Callable[[str], None] = lambda line: None,
+    known: Mapping[str, Compared] = MappingProxyType({}),
+    on_found: Callable[[str, Compared], None] = lambda name, one: None,
 ) -> dict[str, Compared]:
     """Cross-validated likelihood of each head; gains are over the first of `heads`.
 
@@ -135,14 +144,20 @@ def compare(
         votes: all of them.
         folds: how they are held out.
         seeds: of the folds and of the heads.
-        say: told of each head when it is done.
+        known: what an earlier call found, but for the first head, which is always fitted: the
+            gains of the others need its votes one by one.
+        on_found: told of each head when it is done.
     """
-    found, first = {}, None
+    found: dict[str, Compared] = {}
+    first = None
     for name, head in heads.items():
+        if name in known and first is not None:
+            found[name] = known[name]
+            continue
         chances = torch.stack([held_out(head, votes, folds, seed) for seed in seeds])
         first = chances.log() if first is None else first
         found[name] = _compared(head(votes, seeds[0]), votes, chances, first)
-        say(f"{name:<16}{found[name]}")
+        on_found(name, found[name])
     return found
 
 

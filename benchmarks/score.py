@@ -1,17 +1,20 @@
 """How fast responses are scored and prompts are chosen.
 
     python benchmarks/score.py scoring --shape hh
+    python benchmarks/score.py filing --shape five
     python benchmarks/score.py selecting --prompts 1000000
 
 `scoring` is what the reference cache, `prefloop score` and the diagnostics do: a forward pass over
-comparisons, the prompt once, against one padded row a response with full logits. `selecting` is
-preference variance over prompts with eight rewards each: in memory, and as `prefloop select` does
-it, from file to file.
+comparisons, the prompt once, against one padded row a response with full logits. `filing` is the
+whole of `prefloop score --policy` from file to file. `selecting` is preference variance over
+prompts with eight rewards each: in memory, and as `prefloop select` does it with JSON-lines, from
+file to file (`select_scale.py` does it with columns).
 """
 
 import json
 import random
 import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -67,6 +70,48 @@ class Scoring:
                 print(
                     f"{type(way).__name__:>12}: {seconds:7.2f} CPU s, {tokens / seconds:8.0f} "
                     f"response tokens a second, useful work at {work / seconds / peak:.0%} of peak"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filing:
+    """Score a file of responses with a policy, as the command does."""
+
+    shape: Shape = "five"
+    """Lengths of the data: hh, uf, five, five-long, or pandalm."""
+    model: ModelName = "small"
+    """small or smollm2."""
+    prompts: int = 32
+    """Prompts of the file."""
+    threads: int = 1
+    """Threads."""
+    votes: Path | None = None
+    """For --shape pandalm: JSON-lines with prompt, responses and rank."""
+
+    def __call__(self) -> None:
+        from prefloop.policies import Policy
+        from prefloop.scoring import WithLogps, score_file
+
+        torch.set_num_threads(self.threads)
+        model, tokenizer = load_model(self.model)
+        policy = Policy(model.eval(), tokenizer, self.model)
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "responses.jsonl"
+            with source.open("w", encoding="utf-8") as file:
+                for number, row in enumerate(texts(self.shape, self.prompts, self.votes)):
+                    made = {"id": str(number), "prompt": row.prompt, "responses": row.responses}
+                    file.write(json.dumps(made) + "\n")
+            for hidden in (False, True, False, True):  # the first two warm up
+                column, out = WithLogps(policy=policy, hidden=hidden), Path(folder, str(hidden))
+                shutil.rmtree(out, ignore_errors=True)
+                seconds = timed(lambda c=column, to=out: score_file(source, to, [c]), 1)
+                tokens = sum(
+                    sum(json.loads(line)["tokens"]) for line in (out / "scored.jsonl").open()
+                )
+                print(
+                    f"{'with hidden products' if hidden else 'log-probabilities':>20}: "
+                    f"{self.prompts / seconds:7.1f} prompts, {tokens / seconds:8.0f} response "
+                    f"tokens a CPU second, peak memory {peak_gb():.2f} GiB"
                 )
 
 
@@ -135,7 +180,9 @@ def peak_gb() -> float:
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"scoring": Scoring, "selecting": Selecting})()
+    tyro.extras.subcommand_cli_from_dict(
+        {"scoring": Scoring, "filing": Filing, "selecting": Selecting}
+    )()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class WithLogps:
     """What policy and reference say of each response, its end-of-turn token included.
 
     `policy_logps`, `reference_logps`: log-probability, nats a response. `tokens`: response tokens.
+    A response of no text is its end-of-turn token.
     With `hidden`, `hidden_gram`: <E_i, E_j> of the responses of the row, E the sum of the policy's
     last hidden states that predict a response, from the same pass.
 
@@ -73,15 +74,30 @@ class WithLogps:
     @torch.no_grad()
     def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
         """The rows with these columns."""
-        tokenized = list(encoder(self.policy.tokenizer).encode(rows))
+        tokenized = self._tokenized(rows)
         for row in tokenized:
-            _refuse_overlong(row, self.policy.context)
+            _refuse_unreadable(row, self.policy.context)
         found: list[Comparison | None] = [None] * len(rows)
         for part in buckets(tokenized, self.token_budget):
             batch = [tokenized[at] for at in part]
             for at, columns in zip(part, self._columns(batch), strict=True):
                 found[at] = _with(rows[at], columns)
         return [row for row in found if row is not None]
+
+    def _tokenized(self, rows: Sequence[Comparison]) -> list[Tokenized]:
+        """The rows in tokens; unlike in training, saying nothing is an answer."""
+        coder = encoder(self.policy.tokenizer)
+        texts = list(dict.fromkeys(text for row in rows for text in row.responses))
+        ids = dict(zip(texts, coder.responses(texts), strict=True))
+        return [
+            Tokenized(
+                prompt=prompt,
+                responses=tuple((*ids[text], coder.end) for text in row.responses),
+                id=row.id,
+                place=row.place,
+            )
+            for row, prompt in zip(rows, coder.prompts(rows), strict=True)
+        ]
 
     def _columns(self, batch: Sequence[Tokenized]) -> Iterator[dict[str, Any]]:
         """For each row of a batch what is added to it."""
@@ -305,7 +321,9 @@ def _as_text(row: Comparison) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in row.prompt)
 
 
-def _refuse_overlong(row: Tokenized, context: int | None) -> None:
+def _refuse_unreadable(row: Tokenized, context: int | None) -> None:
+    if not row.prompt:
+        raise UserError(f"{where(row)}: the prompt has no token for this policy; drop the row")
     longest = max(len(response) for response in row.responses)
     if context is not None and len(row.prompt) + longest > context:
         raise UserError(

@@ -100,6 +100,17 @@ def test_without_an_adapter_and_a_reference_there_is_no_reference_column(folder,
     assert against["reference_logps"] == pytest.approx(ours, abs=1e-4)
 
 
+def test_saying_nothing_is_an_answer_of_one_token(policy):
+    row = Comparison("w5 w6", ("", "w7"), id="r")
+    found = WithLogps(policy=policy)([row])[0].extra
+    assert found["tokens"][0] == 1
+    coder = encoder(policy.tokenizer)
+    prompt = torch.tensor([coder.prompts([row])[0]])
+    with torch.no_grad():
+        end = policy.model(prompt).logits[0, -1].log_softmax(-1)[coder.end]
+    assert found["policy_logps"][0] == pytest.approx(end.item(), abs=1e-4)
+
+
 def test_what_the_policy_cannot_read_is_refused_by_its_place(policy):
     long = Comparison("w5 " * 600, ("w6", "w7"), place="pool.jsonl:7")
     with pytest.raises(UserError, match=r"pool.jsonl:7: 6\d\d tokens .* at most 512"):

@@ -330,7 +330,7 @@ print(sizes[1] - sizes[0])
 
 
 def test_memory_grows_by_numbers_a_row_and_not_by_the_text(tmp_path):
-    text = "word " * 1000
+    text = "word " * 500
 
     def file(name: str, count: int) -> Path:
         scores = torch.randn(count, 2, generator=torch.Generator().manual_seed(0))
@@ -342,7 +342,7 @@ def test_memory_grows_by_numbers_a_row_and_not_by_the_text(tmp_path):
         parquet.write_table(pyarrow.table(columns), tmp_path / name, row_group_size=5000)
         return tmp_path / name
 
-    # 40,000 rows are 200 MB of prompts in memory, 10,000 already have every buffer at its size
+    # 40,000 rows are 100 MB of prompts in memory, 10,000 already have every buffer at its size
     names = [str(file("small.parquet", 10_000)), str(file("large.parquet", 40_000))]
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, *names], capture_output=True, text=True, check=True

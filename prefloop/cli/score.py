@@ -22,8 +22,8 @@ class Score:
     """Folder for scored.jsonl (scored.arrow of Parquet, Arrow and data sets); refused if it holds a
     run."""
     reward: str = ""
-    """Writes scores. vader, brevity, questions; module:function; or the folder or name of a reward
-    model."""
+    """Writes scores. vader, brevity, questions; module:function; the run of prefloop reward; the
+    folder or name of a reward model; or RewardModel(path='RUN', penalty=1.0)."""
     policy: str = ""
     """Writes policy_logps and tokens: name or folder of a model, or RUN/policy; with an adapter
     also reference_logps, of the base."""

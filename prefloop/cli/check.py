@@ -218,6 +218,8 @@ def _people(verdict: "Verdict") -> Iterator[tuple[str, str]]:
         f"{people.fewest:,} to {people.most:,}, median {people.median:,.6g}",
     )
     if verdict.types is not None:
+        judged = ", ".join(f"{n}: {rows:,}" for n, rows in verdict.types.judged.items())
+        yield "responses judged together", f"{judged}; {verdict.types.sets:,} different sets"
         yield "types of annotators can be told apart", str(verdict.types)
 
 

@@ -8,6 +8,7 @@ and at the end they are joined in order. Memory holds one block.
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -64,19 +65,25 @@ class WithLogps:
         reference: the policy that is pi_ref; None takes the policy's own, where it has one.
         hidden: also the hidden statistics, see `selection.CHES`.
         token_budget: tokens of one forward pass.
+        drop_overlong: leave out rows longer than the policy's context, instead of an error.
     """
 
     policy: Policy
     reference: Policy | None = None
     hidden: bool = False
     token_budget: int = 8192
+    drop_overlong: bool = False
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
         """The rows with these columns."""
         tokenized = self._tokenized(rows)
+        context = self.policy.context
+        if self.drop_overlong and context is not None:
+            fits = [_longest(row) <= context for row in tokenized]
+            rows, tokenized = list(compress(rows, fits)), list(compress(tokenized, fits))
         for row in tokenized:
-            _refuse_unreadable(row, self.policy.context)
+            _refuse_unreadable(row, context)
         found: list[Comparison | None] = [None] * len(rows)
         for part in buckets(tokenized, self.token_budget):
             batch = [tokenized[at] for at in part]
@@ -181,8 +188,8 @@ def score_file(
 ) -> dict[str, Any]:
     """`source` with more columns: `out`/scored.jsonl, or scored.arrow where the source has columns.
 
-    Returns what scoring.json holds: file, rows, answers, and the mean reward of an answer where
-    there are scores.
+    Returns what scoring.json holds: file, rows, rows left out, answers, and the mean reward of an
+    answer where there are scores.
 
     Args:
         columns: what is added, one after the other.
@@ -200,9 +207,12 @@ def score_file(
         count = _score_blocks(source, parts, columns, worker, on_rows, write)
         worker.wait()
         if worker.leads:
+            totals = _totals(parts, count)
+            if not totals["rows"]:
+                raise UserError(f"{source}: all {totals['left_out']} rows are left out as too long")
             join = _join_arrow if is_columnar(source) else _join_lines
             file = join(out, [_file(parts, number) for number in range(count)])
-            write_json(finished, {"file": file.name, **_totals(parts, count)})
+            write_json(finished, {"file": file.name, **totals})
             shutil.rmtree(parts)
         worker.wait()
     return read_json(finished)
@@ -230,7 +240,13 @@ def _score_blocks(
             rows = column(rows)
         scores = [value for row in rows for value in row.scores or ()]
         answers = sum(len(row.responses) for row in rows)
-        totals = {"rows": len(rows), "answers": answers, "scores": len(scores), "sum": sum(scores)}
+        totals = {
+            "rows": len(rows),
+            "left_out": len(block) - len(rows),
+            "answers": answers,
+            "scores": len(scores),
+            "sum": sum(scores),
+        }
         write_json(_file(parts, block.number).with_suffix(".json"), totals)
         write(block, rows, _file(parts, block.number))
         on_rows(block.start + len(block))
@@ -241,10 +257,9 @@ def _score_blocks(
 
 def _totals(parts: Path, count: int) -> dict[str, Any]:
     found = [read_json(_file(parts, at).with_suffix(".json")) for at in range(count)]
-    rows, answers, scores, total = (
-        sum(one[name] for one in found) for name in ("rows", "answers", "scores", "sum")
-    )
-    return {"rows": rows, "answers": answers, "reward": total / scores if scores else None}
+    sums = {name: sum(one[name] for one in found) for name in found[0]}
+    scores, total = sums.pop("scores"), sums.pop("sum")
+    return {**sums, "reward": total / scores if scores else None}
 
 
 def _write_lines(block: Block, rows: Sequence[Comparison], file: Path) -> None:
@@ -275,7 +290,8 @@ def _write_arrow(block: Block, rows: Sequence[Comparison], file: Path) -> None:
         "embedding": pyarrow.list_(pyarrow.float32()),
         "validation_loss": number,
     } | dict.fromkeys(("scores", "policy_logps", "reference_logps"), pyarrow.list_(number))
-    table = block.table
+    here = {row.place for row in rows}
+    table = block.table.filter(pyarrow.array([block.place(at) in here for at in range(len(block))]))
     for name, kind in types.items():
         values = [_value(row, name) for row in rows]
         if all(value is None for value in values):
@@ -297,12 +313,18 @@ def _join_arrow(out: Path, parts: Sequence[Path]) -> Path:
     import pyarrow
 
     whole, part = out / "scored.arrow", out / ".scored.arrow.part"
-    with pyarrow.memory_map(str(parts[0])) as first:
-        schema = pyarrow.ipc.open_stream(first).schema
-    with pyarrow.OSFile(str(part), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as to:
+    writer = None
+    with pyarrow.OSFile(str(part), "wb") as sink:
         for one in parts:
             with pyarrow.memory_map(str(one)) as read:
-                to.write_table(pyarrow.ipc.open_stream(read).read_all())
+                table = pyarrow.ipc.open_stream(read).read_all()
+                if not len(table):  # all of its rows were left out, and it has no new column
+                    continue
+                if writer is None:
+                    writer = pyarrow.ipc.new_stream(sink, table.schema)
+                writer.write_table(table)
+        if writer is not None:
+            writer.close()
     part.replace(whole)
     return whole
 
@@ -321,12 +343,15 @@ def _as_text(row: Comparison) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in row.prompt)
 
 
+def _longest(row: Tokenized) -> int:
+    return len(row.prompt) + max(len(response) for response in row.responses)
+
+
 def _refuse_unreadable(row: Tokenized, context: int | None) -> None:
     if not row.prompt:
         raise UserError(f"{where(row)}: the prompt has no token for this policy; drop the row")
-    longest = max(len(response) for response in row.responses)
-    if context is not None and len(row.prompt) + longest > context:
+    if context is not None and _longest(row) > context:
         raise UserError(
-            f"{where(row)}: {len(row.prompt) + longest} tokens of prompt and response, and the "
-            f"policy reads at most {context}. Shorten or drop the row; prefloop check counts them"
+            f"{where(row)}: {_longest(row)} tokens of prompt and response, and the policy reads "
+            f"at most {context}. Shorten the row, or leave such rows out with --overlong drop"
         )

@@ -91,6 +91,30 @@ def test_log_probabilities_and_hidden_products_are_those_of_the_engine(policy):
         torch.testing.assert_close(gram, sums @ sums.T, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+def test_rows_that_are_too_long_are_left_out_where_that_is_asked_for(policy, tmp_path, name):
+    rows = comparisons(6)
+    rows[1] = Comparison("w5 " * 600, ("w6", "w7"), id="long")
+    lines(tmp_path / "d.jsonl", rows)
+    if name == "d.parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([*map(as_row, rows)]), tmp_path / name)
+    done = score_file(
+        tmp_path / name, tmp_path / "o", [WithLogps(policy=policy, drop_overlong=True)]
+    )
+    assert (done["rows"], done["left_out"]) == (5, 1)
+    found = read(tmp_path / "o" / done["file"])
+    assert [row.id for row in found] == ["r0", "r2", "r3", "r4", "r5"]
+    assert all(len(row.extra["tokens"]) == len(row.responses) for row in found)
+    long = [Comparison("w5 " * 600, ("w6", "w7"), id=f"long{at}") for at in range(4)]  # a block
+    (tmp_path / name).unlink()
+    lines(tmp_path / "d.jsonl", [*long, *rows])
+    if name == "d.parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([*map(as_row, long + rows)]), tmp_path / name)
+    column = WithLogps(policy=policy, drop_overlong=True)
+    done = score_file(tmp_path / name, tmp_path / "more", [column])
+    assert [row.id for row in read(tmp_path / "more" / done["file"])] == [row.id for row in found]
+
+
 def test_without_an_adapter_and_a_reference_there_is_no_reference_column(folder, policy):
     plain = load_policy(folder)
     rows = comparisons(2)

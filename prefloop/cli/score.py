@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -31,6 +31,8 @@ class Score:
     """Writes reference_logps: the model that is the reference of --policy."""
     hidden: bool = False
     """With --policy: also write hidden_gram, for CHES."""
+    overlong: Literal["refuse", "drop"] = "refuse"
+    """With --policy: rows that are longer than its context."""
     encoder: str = ""
     """Writes embedding, for --spread: minilm, or a folder or name of a sentence encoder."""
     learning_order: str = ""
@@ -67,7 +69,11 @@ class Score:
         if worker.leads:
             reward = "" if done["reward"] is None else f", mean reward {done['reward']:.4f}"
             file = self.out / done["file"]
-            print(f"wrote {file}: {done['answers']} answers of {done['rows']} prompts{reward}")
+            left_out = f" ({done['left_out']} rows left out)" if done["left_out"] else ""
+            print(
+                f"wrote {file}: {done['answers']} answers of {done['rows']} prompts{left_out}"
+                f"{reward}"
+            )
             print(f"next: prefloop select --data {file} --out SELECTED")
 
     def _refuse_nothing(self) -> None:
@@ -96,6 +102,7 @@ class Score:
                 policy=load_policy(self.policy),
                 reference=load_policy(self.reference) if self.reference else None,
                 hidden=self.hidden,
+                drop_overlong=self.overlong == "drop",
                 token_budget=self.loop.token_budget,
             )
             found.append(logps)

@@ -138,21 +138,23 @@ class Examples:
 
 
 def _text_rows(source: Path, verdicts: Verdicts, shown: Examples) -> Iterator[dict[str, Any]]:
+    choice = verdicts.choice
     for block in blocks(source, sizes=ROWS):
         shown.look_at(block)
-        start, end = block.start, block.start + len(block)
-        numbers = {name: v.tolist() for name, v in verdicts.numbers(start, end).items()}
+        part = slice(block.start, block.start + len(block))
+        numbers = {n: v.tolist() for n, v in verdicts.numbers(part.start, part.stop).items()}
+        why, place = choice.why[part].tolist(), choice.place[part].tolist()
+        weight = choice.weight[part].tolist()
         for at, row in enumerate(block.comparisons()):
             found = {name: _null_if_nan(values[at]) for name, values in numbers.items()}
-            place = start + at
             extra = {
                 **row.extra,
                 **found,
-                "place": int(verdicts.choice.place[place]),
-                "kept": bool(verdicts.choice.kept[place]),
-                "reason": verdicts.reason(place),
+                "place": place[at],
+                "kept": why[at] == KEPT,
+                "reason": verdicts.reason(block.start + at),
             }
-            yield as_row(replace(row, weight=float(verdicts.choice.weight[place]), extra=extra))
+            yield as_row(replace(row, weight=weight[at], extra=extra))
 
 
 def _with_columns(block: ArrowBlock, verdicts: Verdicts) -> Any:

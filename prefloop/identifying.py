@@ -6,8 +6,9 @@ shares; where its Jacobian has full rank, nothing close by looks the same (arXiv
 on identifiability, for the claim; the ranks are ours).
 """
 
+import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import NamedTuple
@@ -77,21 +78,36 @@ def design_of(rows: Iterable[Comparison], types: int = 2) -> Design | None:
         return None
     responses = {prompts[prompt]: len(found) for prompt, found in texts.items()}
     kept = _most_judged(asked, responses, PARAMETERS // types)
-    groups: dict[tuple[Question, ...], None] = {}
-    judgements = 0
-    for questions in asked.values():
-        here = sorted(question for question in questions if question.prompt in kept)
-        judgements += len(here)
-        different = sorted(set(here))
-        for group in combinations(different[: 2 * TOGETHER], min(TOGETHER, len(different))):
-            if group and len(groups) < GROUPS:
-                groups[group] = None
+    here = [[one for one in questions if one.prompt in kept] for questions in asked.values()]
     return Design(
-        groups=tuple(groups),
+        groups=_groups([questions for questions in here if questions]),
         responses={prompt: responses[prompt] for prompt in sorted(kept)},
-        judgements=judgements,
+        judgements=sum(map(len, here)),
         prompts=len(prompts),
     )
+
+
+def _groups(asked: list[list[Question]]) -> tuple[tuple[Question, ...], ...]:
+    """Different groups, the annotators in turn, so that all of them and all they judged get in."""
+    streams = [_together(sorted(set(questions)), number) for number, questions in enumerate(asked)]
+    found: dict[tuple[Question, ...], None] = {}
+    while streams and len(found) < GROUPS:
+        drawn = [(stream, next(stream, None)) for stream in streams]
+        streams = [stream for stream, group in drawn if group is not None]
+        found |= {group: None for _, group in drawn if group is not None}
+    return tuple(found)[:GROUPS]
+
+
+def _together(questions: list[Question], seed: int) -> Iterator[tuple[Question, ...]]:
+    """Groups of one annotator: all where they are few, else shuffled and cut, again and again."""
+    if len(questions) <= 2 * TOGETHER:
+        yield from combinations(questions, min(TOGETHER, len(questions)))
+        return
+    rng = random.Random(seed)
+    for _ in range(GROUPS):
+        order = rng.sample(questions, len(questions))
+        for start in range(0, len(order), TOGETHER):
+            yield tuple(sorted(order[start : start + TOGETHER]))
 
 
 def observable_rank(

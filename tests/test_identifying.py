@@ -68,6 +68,19 @@ def test_prompts_that_one_annotator_links_are_told_together():
     assert design.judgements == 45
 
 
+def test_few_people_who_judged_much_are_looked_at_with_all_they_judged():
+    # One annotator, the 28 pairs of eight responses: 15 parameters of two types, all observable.
+    rows = [
+        Comparison("p", (f"r{a}", f"r{b}"), (1, 2), annotator="x")
+        for a in range(8)
+        for b in range(a)
+    ]
+    design = design_of(rows)
+    assert design is not None
+    assert len({question for group in design.groups for question in group}) == 28
+    assert observable_rank(design).locally_identified
+
+
 def test_what_has_no_observable_answer_is_left_out():
     tie_above = Comparison("p", ("a", "b", "c"), (1, 1, 2), annotator="x")
     long = Comparison("p", tuple("abcde"), (1, 2, 3, 4, 5), annotator="x")

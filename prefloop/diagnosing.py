@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prefloop.comparing import both_logps, same_prompt
+from prefloop.data import with_ranks
 from prefloop.diagnostics.alike import Alikeness, alikeness, lengths
 from prefloop.diagnostics.displacement import Change, change_of, displacement, mass_shift
 from prefloop.diagnostics.gradients import (
@@ -89,8 +90,9 @@ class _Scored:
 
     @property
     def known(self) -> bool:
-        """Whether every response has a score."""
-        return bool((self.judged.scores.isfinite() | ~self.policy.exists).all())
+        """Whether every response has a score, and none is alone."""
+        there, scored = self.policy.exists, self.judged.scores.isfinite()
+        return bool((scored | ~there).all() and (there.sum(-1) > 1).all())
 
 
 def diagnose(
@@ -105,13 +107,13 @@ def diagnose(
 
     Args:
         policy: trained; its reference is what it started from.
-        comparisons: judged, and not trained on.
+        comparisons: judged, and not trained on; scores rank where there are no ranks.
         beta: of the training, for the size of margins.
         run: its samples.jsonl, where there is one, says how the answers changed.
         out: folder for diagnosis.json.
         probe: what is measured besides; no samples when None.
     """
-    rows, trained, base, _ = both_logps(policy, comparisons)
+    rows, trained, base, _ = both_logps(policy, with_ranks(comparisons))
     held = _Scored(rows, trained, base, judgement(rows), same_prompt(rows))
     found = _with_judgements(_of_comparisons(policy, held, beta, run), held, beta)
     found = _with_probe(found, policy, held, probe or Probe())

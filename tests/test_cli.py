@@ -378,6 +378,16 @@ def test_a_trained_policy_is_diagnosed_and_the_report_shows_it(model, tmp_path, 
         "power law, beta of the data",
     ):
         assert math.isfinite(held["numbers"][number]), number
+    scored = [
+        {"prompt": row["prompt"], "responses": row["responses"], "scores": [0.5, 0.1]}
+        for row in read_jsonl(held_out)
+    ]
+    write_jsonl(tmp_path / "scored.jsonl", scored)
+    words = ["diagnose", str(tmp_path / "run"), "--data", str(tmp_path / "scored.jsonl")]
+    assert main([*words, "--out", str(tmp_path / "scored")]) == 0
+    told = read_json(tmp_path / "scored" / "diagnosis.json")
+    assert "beta of the data, by the scores" in str(told["sections"])
+    assert "DPO's optimum for the true reward" in str(told["sections"])
     weights = list(read_jsonl(tmp_path / "run" / "rejected_weights.jsonl"))
     assert all(sum(row["weights"]) == pytest.approx(1) for row in weights)
     assert held["verdict"][0] in capsys.readouterr().out

@@ -211,8 +211,10 @@ def _mean_over_processes(trainer: Trainer) -> Callable[[Tensor], Tensor]:
         return lambda total: total
 
     def mean(total: Tensor) -> Tensor:
-        whole = trainer.accelerator.reduce(total.to(trainer.accelerator.device), reduction="mean")
+        # A process without rows sends a zero of its own type; a collective of two types waits.
+        sent = total.double() if total.dim() == 0 else total
+        whole = trainer.accelerator.reduce(sent.to(trainer.accelerator.device), reduction="mean")
         assert isinstance(whole, torch.Tensor)
-        return whole
+        return whole.to(total.dtype)
 
     return mean

@@ -73,7 +73,7 @@ class Told:
 
     Attributes:
         stability: mean adjusted Rand index of the types of two seeds, over annotators with
-            `ENOUGH` votes; 1 is the same types, 0 chance. NaN with one seed.
+            `ENOUGH` votes; 1 is the same types, 0 chance. None with one seed.
         shares: of each type among the annotators.
         longer_won: share of each type's votes that went to the longer answer.
         length_weight: of the log of the length, in spreads.
@@ -82,7 +82,7 @@ class Told:
         gamma: responsibilities of the best fit.
     """
 
-    stability: float
+    stability: float | None
     shares: list[float]
     longer_won: list[float]
     length_weight: list[float]
@@ -199,7 +199,7 @@ def told(votes: PairVotes, fits: Sequence[FittedTypes]) -> Told:
     mass = belonging.sum(0)
     longer = (belonging * votes.longer_won.double().unsqueeze(-1)).sum(0) / mass.clamp(min=1e-9)
     return Told(
-        stability=sum(agreed) / len(agreed) if agreed else float("nan"),
+        stability=sum(agreed) / len(agreed) if agreed else None,
         shares=em.type_shares(best.gamma).tolist(),
         longer_won=longer.tolist(),
         length_weight=best.weights[:, -1].tolist(),

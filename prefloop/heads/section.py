@@ -38,7 +38,8 @@ def _types(name: str, one: Told) -> dict[str, Any]:
     columns = ["type", "share", "votes", "longer answer won", "weight of length", "sharpness"]
     given = (one.shares, one.votes, one.longer_won, one.length_weight, one.sharpness)
     rows = [[str(number), *values] for number, values in enumerate(zip(*given, strict=True), 1)]
-    title = f"{name}; adjusted Rand index between seeds {one.stability:.2f}"
+    alike = "" if one.stability is None else f"; between seeds {one.stability:.2f} (Rand index)"
+    title = f"What the types of {name} differ in{alike}"
     return {"title": title, "columns": columns, "rows": rows}
 
 

@@ -236,6 +236,20 @@ def test_columns_give_what_lines_give(tmp_path, name):
         assert text[one.id]["reason"].startswith(one.extra["reason"].split(";")[0])
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+def test_chosen_and_rejected_are_the_order_of_a_pair(tmp_path, name):
+    rows = [
+        {"prompt": "p", "chosen": "good", "rejected": "bad", "policy_logps": [-1.0, gap - 1.0]}
+        | {"reference_logps": [-1.0, -1.0], "scores": [0.0, 9.0]}
+        for gap in (1.0, -1.0, 3.0)
+    ]
+    source = (lines if name == "d.jsonl" else arrow)(tmp_path / name, rows)
+    select(source, tmp_path, LargestImplicitGap(beta=1.0), Cut(fraction=0.4))
+    found = read_json(tmp_path / "selection.json")
+    assert (found["kept"], found["highest"], found["lowest"]) == (1, 1.0, -3.0)
+    assert [one.weight for one in read(tmp_path / found["file"])] == [0.0, 1.0, 0.0]
+
+
 def test_an_arrow_result_is_a_data_set_of_the_datasets_library(tmp_path):
     datasets = pytest.importorskip("datasets")
     select(arrow(tmp_path / "d.parquet", ROWS), tmp_path, RewardGap(), Cut())

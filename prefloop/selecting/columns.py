@@ -35,11 +35,12 @@ MADE_BY = {
 def stored(names: Iterable[str], available: Sequence[str]) -> list[str]:
     """The columns to read from a columnar source for the columns `names` of a table."""
     wanted: set[str] = set()
+    pairs = "chosen" in available
     for name in names:
-        if name in {PROMPT_KEY, LENGTHS, DIFFERENT}:
+        if name in {PROMPT_KEY, LENGTHS, DIFFERENT} or (name == BEST_WORST and pairs):
             wanted.update(FORMS)
         elif name == BEST_WORST:
-            wanted.update(("rank", "scores", "chosen"))
+            wanted.update(("rank", "scores"))
         elif name == ROWS:
             wanted.add(_counted(available))
         else:

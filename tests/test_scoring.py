@@ -15,7 +15,7 @@ from prefloop.cli import main
 from prefloop.crossfit import CrossFit, _halves
 from prefloop.data import as_row, encoder, read
 from prefloop.data.blocks import Sizes
-from prefloop.logps import hidden_sums
+from prefloop.logps import FullLogits, Scorer, hidden_sums, logps_and_hidden_sums
 from prefloop.policies import Lora, Policy, load_policy
 from prefloop.rewards.encoders import SentenceEncoder
 from prefloop.runs import write_jsonl
@@ -122,6 +122,17 @@ def test_without_an_adapter_and_a_reference_there_is_no_reference_column(folder,
     against = WithLogps(policy=plain, reference=policy)(rows)[0].extra
     ours = WithLogps(policy=policy)(rows)[0].extra["policy_logps"]
     assert against["reference_logps"] == pytest.approx(ours, abs=1e-4)
+
+
+@pytest.mark.parametrize("way", [None, FullLogits()], ids=["found", "full logits"])
+def test_one_pass_gives_log_probabilities_and_hidden_sums(way):
+    batch = tiny.batch(4, responses=(2, 3), longest=6)
+    scorer = Scorer(tiny.llama(), way=way, token_budget=30)
+    with torch.no_grad():
+        logps, sums = logps_and_hidden_sums(scorer, batch)
+        torch.testing.assert_close(logps.token, score(scorer, batch).token, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sums, hidden_sums(scorer, batch), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logps.mask, score(scorer, batch).mask)
 
 
 def test_saying_nothing_is_an_answer_of_one_token(policy):

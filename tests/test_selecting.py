@@ -257,13 +257,13 @@ def test_an_arrow_result_is_a_data_set_of_the_datasets_library(tmp_path):
     assert found["kept"][:] == [False, True, True, False, True, False]
 
 
-MANY = [row(at, [0.0, (at * 7919 % 1000) / 100]) for at in range(1000)]
+MANY = [row(at, [0.0, (at * 7919 % 1000) / 100]) for at in range(500)]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(
-        "prefloop.selecting.scanning.NUMBERS", scanning.NUMBERS._replace(text=64, columns=64)
+        "prefloop.selecting.scanning.NUMBERS", scanning.NUMBERS._replace(text=32, columns=32)
     )
 
 
@@ -279,7 +279,7 @@ def test_two_processes_give_what_one_gives(tmp_path, small_blocks):
     second = Worker(1, 2, lambda: waited.append(len(list((shared / "measured").glob("block-*")))))
     with pytest.raises(UserError, match="no such file"):  # its share is done, nobody has merged
         Selecting(**work, worker=second)(source, shared)
-    assert waited[0] == 8  # of 16 blocks of 64 rows
+    assert waited[0] == 8  # of 16 blocks of 32 rows
     Selecting(**work, worker=Worker(0, 2))(source, shared)
     assert read_json(alone / "selection.json") == read_json(shared / "selection.json")
     assert (alone / "selected.arrow").read_bytes() == (shared / "selected.arrow").read_bytes()
@@ -296,7 +296,7 @@ def test_a_killed_selection_goes_on_with_the_blocks_that_are_missing(
     work(source, whole)
 
     def kill(done: int) -> None:
-        if done >= 256:
+        if done >= 128:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

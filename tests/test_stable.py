@@ -471,7 +471,7 @@ def test_sharded_parameters_are_refused(monkeypatch):
 def test_activations_that_are_computed_again_are_refused():
     world = language_model()
     trainer = world.trainer(DPO(), StableGradient(solver=OneStepFirstOrder()), 10**6)
-    world.scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    world.scorer.model.model.layers[0].gradient_checkpointing = True
     with pytest.raises(UserError, match=r"activation checkpointing, which is on in .*layers.0"):
         trainer.step(world.rows, 0, 0.0)
 

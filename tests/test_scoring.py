@@ -2,6 +2,8 @@
 
 import json
 import math
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
@@ -199,6 +201,21 @@ def test_two_processes_and_a_kill_give_what_one_process_gives(tmp_path, suffix):
     assert done["reward"] == pytest.approx(
         sum(len(text) for row in rows for text in row.responses) / done["answers"]
     )
+
+
+def test_scoring_holds_two_blocks_and_not_the_file(tmp_path):
+    seen: list[weakref.ref[Comparison]] = []
+    alive: list[int] = []
+
+    def watched(rows: Sequence[Comparison]) -> list[Comparison]:
+        seen.extend(map(weakref.ref, rows))
+        alive.append(sum(row() is not None for row in seen))
+        return list(rows)
+
+    source = lines(tmp_path / "d.jsonl", comparisons(40))
+    score_file(source, tmp_path / "o", [watched])
+    assert len(alive) == 10  # blocks of four rows
+    assert max(alive) <= 8
 
 
 def test_columns_of_an_arrow_file_keep_their_types(policy, tmp_path):

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from prefloop.data import Empty, Overlong, best_vs_worst, tokenize, with_ranks
-from prefloop.logps import cached_reference, model_identity
+from prefloop.logps import Scorer, cached_reference, model_identity
 from prefloop.objectives import Objective, needs_mismatched
 from prefloop.pairing import with_mismatched
 from prefloop.policies import Policy
@@ -191,13 +191,14 @@ def reference_of(
 ) -> Reference:
     """Log-probabilities of the reference for `rows`, from the cache or scored into it."""
     # A policy that is trained whole is its own reference, as long as it has not moved.
-    reference = policy.reference() if policy.adapter else nullcontext(policy.model)
+    held = policy.adapter or policy.frozen is not None
+    reference = policy.reference() if held else nullcontext(policy.model)
     with reference as model, evaluating(model), torch.no_grad():
         return cached_reference(
-            policy.scorer(settings.token_budget),
+            Scorer(model, token_budget=settings.token_budget),
             rows,
             path=cache_folder() / "reference",
-            identity=model_identity(policy.base),
+            identity=model_identity(model),
             progress=on_rows,
         )
 

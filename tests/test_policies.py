@@ -14,6 +14,9 @@ from prefloop.data import encoder
 from prefloop.errors import UserError
 from prefloop.policies import Lora, Policy, load_policy, loading
 from prefloop.policies.policy import evaluating
+from prefloop.runs import read_json
+from prefloop.trainer import TrainSettings
+from prefloop.training import reference_of
 from prefloop.types import score
 
 LORA = Lora(rank=2, alpha=4.0)
@@ -137,6 +140,18 @@ def test_a_frozen_copy_stays_while_the_policy_moves(folder):
     assert not torch.equal(total(policy, batch), before)
 
 
+def test_training_takes_the_frozen_copy_as_reference(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path))
+    batch = tiny.batch(2)
+    policy = load_policy(folder).with_frozen_copy()
+    before = total(policy, batch)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.1)
+    found = reference_of(policy, batch, TrainSettings())(batch)
+    torch.testing.assert_close(found.sum, before, rtol=0, atol=1e-4)
+
+
 def test_a_whole_model_without_a_copy_has_no_reference(folder):
     with pytest.raises(UserError, match="no adapter and no frozen copy"):
         load_policy(folder).reference_logps(tiny.batch(1))
@@ -219,6 +234,13 @@ def test_a_saved_model_is_loaded_by_plain_transformers(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == policy.tokenizer.chat_template
     assert set(loaded.generation_config.eos_token_id) == policy.stop_tokens
+
+
+def test_the_layers_of_a_saved_adapter_stand_in_order(folder, tmp_path):
+    load_policy(folder, adapter=LORA).save(tmp_path / "out")
+    layers = read_json(tmp_path / "out" / "adapter_config.json")["target_modules"]
+    assert len(layers) > 2
+    assert layers == sorted(layers)
 
 
 def test_a_saved_adapter_is_loaded_by_plain_peft(folder, tmp_path):

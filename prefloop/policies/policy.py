@@ -19,6 +19,7 @@ from prefloop.data import encoder
 from prefloop.errors import UserError
 from prefloop.logps import Scorer
 from prefloop.policies.settings import Lora
+from prefloop.runs import read_json, write_json
 from prefloop.types import Logps, Tokenized, score
 
 DEFAULT_ADAPTER = "default"
@@ -185,6 +186,7 @@ class Policy:
             for file in (folder / name).iterdir():
                 file.rename(folder / file.name)
             (folder / name).rmdir()
+        _sort_layers(folder / "adapter_config.json")
 
     def _write_generation_config(self, folder: Path) -> None:
         config = copy.deepcopy(self.base.generation_config)
@@ -192,6 +194,14 @@ class Policy:
             config.eos_token_id = sorted(self.stop_tokens)
             config.pad_token_id = self.tokenizer.pad_token_id
             config.save_pretrained(folder)
+
+
+def _sort_layers(config: Path) -> None:
+    """Put the adapted layers in order; peft writes a set in an order that differs by process."""
+    found = read_json(config)
+    if isinstance(found["target_modules"], list):
+        found["target_modules"].sort()
+    write_json(config, found)
 
 
 def active_adapter(model: PeftModel) -> str:

@@ -26,6 +26,7 @@ class Choice:
     Attributes:
         scores: of each rule, the one that selects first; NaN where a filter left the row out.
         weight: 1 kept, 0 left out; or any weight, where weights were asked for.
+        order: rows that passed the filters, the most wanted first.
         place: in the order of wanting, from 1; 0 where a filter left the row out, or it fell below
             the threshold.
         why: one of the codes above.
@@ -36,6 +37,7 @@ class Choice:
 
     scores: tuple[Float[Tensor, " P"], ...]
     weight: Float[Tensor, " P"]
+    order: Int[Tensor, " C"]
     place: Int[Tensor, " P"]
     why: Int[Tensor, " P"]
     overlap: tuple[tuple[float, ...], ...]
@@ -67,7 +69,8 @@ def choose(
     why = torch.where(measured.passed, BEYOND, FILTERED - 1 + measured.refused.to(torch.int16))
     weight = torch.zeros(total, dtype=torch.float64)
     place = torch.zeros(total, dtype=torch.long)
-    order = cut.order(found[0])
+    whole = cut.order(found[0])
+    order = cut.within(whole, found[0])
     place[rows[order]] = torch.arange(1, len(order) + 1)
     if weights:
         weight[rows] = cut.weights(found[0].scores)
@@ -83,6 +86,7 @@ def choose(
     return Choice(
         scores=tuple(_spread_out(one.scores.double(), rows, total) for one in found),
         weight=weight,
+        order=rows[whole],
         place=place,
         why=why,
         overlap=shared,

@@ -122,9 +122,15 @@ class Cut:
             return prompts
         return int(self.fraction * prompts)
 
-    def order(self, found: Candidates) -> Int[Tensor, " C"]:
-        """Places of the candidates, the most wanted first."""
-        return ranking(found.scores, self.keep, self.threshold)
+    def order(self, found: Candidates) -> Int[Tensor, " P"]:
+        """Places of all candidates, the most wanted first."""
+        return ranking(found.scores, "bottom" if self.keep == "bottom" else "top")
+
+    def within(self, order: Int[Tensor, " P"], found: Candidates) -> Int[Tensor, " C"]:
+        """The beginning of `order` that may be kept: all of it, but for a threshold."""
+        if self.keep != "above":
+            return order
+        return order[: int((found.scores >= self.threshold).sum())]
 
     def pool(self, order: Int[Tensor, " C"], found: Candidates) -> Int[Tensor, " C2"]:
         """The most wanted that `spread` chooses from."""
@@ -145,7 +151,7 @@ class Cut:
     def kept(self, found: Candidates) -> Bool[Tensor, " P"]:
         """Which candidates are kept, without a spread: what another rule would have kept."""
         mask = torch.zeros(len(found.scores), dtype=torch.bool)
-        mask[self.take(self.order(found), found).places] = True
+        mask[self.take(self.within(self.order(found), found), found).places] = True
         return mask
 
     def weights(self, scores: Float[Tensor, " P"]) -> Float[Tensor, " P"]:

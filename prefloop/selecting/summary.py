@@ -23,8 +23,7 @@ CHARACTERS = 2000
 
 def examples(choice: Choice) -> Examples:
     """Which rows to show: both ends of the ranking, both sides of the cut."""
-    places = choice.place
-    ranked = places.argsort(stable=True)[(places == 0).sum() :]  # the most wanted first
+    ranked = choice.order
     kept = choice.kept[ranked]
     groups = {"most wanted": ranked[:ENDS]}
     if not kept.all():
@@ -38,7 +37,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of selection.json, from a finished choice."""
     choice, measured = verdicts.choice, verdicts.measured
-    scores = choice.scores[0][measured.passed].sort().values
+    scores = choice.scores[0][choice.order]
+    scores = scores if cut.keep == "bottom" else scores.flip(0)  # ascending
     spaced = torch.linspace(0, len(scores) - 1, min(SHOWN, len(scores))).round().long()
     why = Counter(choice.why.tolist()) if len(choice.why) < SHOWN else _counted(choice.why)
     return {

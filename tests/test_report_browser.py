@@ -79,7 +79,8 @@ def test_the_page_logs_nothing_runs_nothing_and_asks_the_network_for_nothing(ope
 
 def test_every_figure_is_there_and_large_enough_to_read(opened):
     boxes = opened.execute_script(BOXES)
-    assert len(boxes) == 19  # 8 curves, 1 scatter; of each run 1 histogram and 4 of its own
+    # 8 curves, 1 scatter; of each run 1 histogram, 1 overlap of rules and 4 of its own
+    assert len(boxes) == 21
     assert min(width for width, _ in boxes) > 250
     assert min(height for _, height in boxes) > 80
     assert min(opened.execute_script(SMALL_TEXT)) > 8  # pixels of line height

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from prefloop.collecting import Draw
-from prefloop.data import Empty, Overlong, encoder, tokenize
+from prefloop.data import Empty, Overlong, as_text, encoder, tokenize
 from prefloop.diagnostics.displacement import displacement
 from prefloop.diagnostics.ranking import ranking as order
 from prefloop.evaluation import kl, length_controlled_win_rate, outcomes, win_rate
@@ -53,7 +53,7 @@ def compare(
         out / "samples.jsonl",
         (
             {
-                "prompt": _shown(prompt),
+                "prompt": as_text(prompt.prompt),
                 "before": before.drawn[i][0].text,
                 "after": after.drawn[i][0].text,
                 "reward_before": float(before.rewards[i, 0]),
@@ -217,9 +217,3 @@ def _point(name: str, reward: Estimate, divergence: Estimate | None) -> dict[str
         "kl": 0.0 if divergence is None else divergence.value,
         "kl_se": 0.0 if divergence is None else divergence.error,
     }
-
-
-def _shown(prompt: Comparison) -> str:
-    if isinstance(prompt.prompt, str):
-        return prompt.prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.prompt)

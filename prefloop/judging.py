@@ -6,13 +6,13 @@ never scored: the pair is a tie in the first case and not judged in the second.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from prefloop.data import as_row, iterate
+from prefloop.data import as_row, as_text, iterate
 from prefloop.errors import UserError
 from prefloop.policies.settings import Sampling
 from prefloop.runs import append_jsonl, read_jsonl, write_json, write_jsonl
@@ -210,7 +210,7 @@ class Judge:
         return [row for row in judged if row.rank is not None]
 
     def _question(self, row: Comparison, first: int, second: int) -> str:
-        prompt = _shown(row.prompt)
+        prompt = as_text(row.prompt)
         texts = {"prompt": prompt, "first": row.responses[first], "second": row.responses[second]}
         tag = hashlib.blake2b(repr(sorted(texts.values())).encode(), digest_size=6).hexdigest()
         # Field by field in one pass: braces inside an answer are text.
@@ -274,9 +274,3 @@ def _judged(row: Comparison, votes: Sequence[Vote], judge: Judge) -> Comparison:
     extra = {**row.extra, "judge_votes": [_plain(vote) for vote in votes]}
     rank = ranks(votes, len(row.responses))
     return replace(row, rank=rank, annotator=judge.name, extra=extra)
-
-
-def _shown(prompt: str | Sequence[Mapping[str, str]]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

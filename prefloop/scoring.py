@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefloop.data import as_row, encoder, where
+from prefloop.data import as_row, as_text, encoder, where
 from prefloop.data.blocks import ArrowBlock, Block, Sizes, blocks, is_columnar
 from prefloop.logps import Scorer, buckets, logps_and_hidden_sums
 from prefloop.policies import Policy
@@ -151,7 +151,7 @@ class WithEmbedding:
 
     def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
         """The rows with their vectors, rounded to six decimals."""
-        texts = [_as_text(row) for row in rows]
+        texts = [as_text(row.prompt) for row in rows]
         order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
         found = list(rows)
         for start in range(0, len(order), self.rows):
@@ -335,12 +335,6 @@ def _file(parts: Path, number: int) -> Path:
 
 def _with(row: Comparison, columns: Mapping[str, Any]) -> Comparison:
     return replace(row, extra={**row.extra, **columns})
-
-
-def _as_text(row: Comparison) -> str:
-    if isinstance(row.prompt, str):
-        return row.prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in row.prompt)
 
 
 def _longest(row: Tokenized) -> int:

@@ -13,7 +13,7 @@ from prefloop.data.convert import (
 )
 from prefloop.data.files import as_row, iterate, read, read_prompts, unique, write
 from prefloop.data.held_out import split
-from prefloop.data.keys import prompt_key
+from prefloop.data.keys import as_text, prompt_key
 from prefloop.data.tokens import (
     Empty,
     Encoder,
@@ -32,6 +32,7 @@ __all__ = [
     "Overlong",
     "Report",
     "as_row",
+    "as_text",
     "best_vs_worst",
     "drop_ties",
     "encoder",

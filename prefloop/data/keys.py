@@ -1,4 +1,4 @@
-"""What counts as the same prompt, and short names of long texts."""
+"""What counts as the same prompt, how one reads, and short names of long texts."""
 
 import json
 from hashlib import blake2b
@@ -14,6 +14,13 @@ def prompt_key(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return f"text:{prompt}"
     return "chat:" + json.dumps([dict(message) for message in prompt], sort_keys=True)
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt to read: plain text as it is, of messages a paragraph each, behind its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def digest(*texts: str) -> Digest:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from prefloop.data import as_text
 from prefloop.selecting.choosing import Choice
 from prefloop.selecting.cut import Cut
 from prefloop.selecting.scanning import Measured, Scan
@@ -90,10 +91,8 @@ def prompt_text(row: Mapping[str, Any]) -> str:
     """The prompt of a row as text; where it has none, what it has of chosen, or its id."""
     for name in ("prompt", "chosen", "id"):
         found = row.get(name)
-        if isinstance(found, str) and found:
-            return found
         if isinstance(found, Sequence) and found:
-            return "\n".join(f"{one['role']}: {one['content']}" for one in found)
+            return as_text(found if isinstance(found, str) else tuple(found))
     return ""
 
 

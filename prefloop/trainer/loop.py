@@ -25,6 +25,7 @@ from prefloop.trainer.plan import (
     derived_seed,
     forward_passes,
     steps_per_epoch,
+    tokens,
 )
 from prefloop.types import Logps, Tokenized, UserError, judgement, score
 
@@ -116,7 +117,7 @@ class Trainer:
             parts = [list(batch)]
         else:
             parts = forward_passes(batch, processes, self.settings.token_budget)[rank]
-        passes = Passes(parts, min(batch, key=_size), processes / len(batch), number)
+        passes = Passes(parts, min(batch, key=tokens), processes / len(batch), number)
         self.scorer.train()
         self.optimizer.zero_grad(set_to_none=True)
         with seeded(derived_seed(self.settings.seed, 1 + number, rank), self.accelerator.device):
@@ -137,7 +138,7 @@ class Trainer:
         """Means of the training metrics over held-out comparisons, named `eval_...`."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         parts = forward_passes(rows, processes, self.settings.token_budget)[rank]
-        filler = min(rows, key=_size)
+        filler = min(rows, key=tokens)
         self.scorer.eval()
         totals: Totals = {}
         for part in parts:
@@ -242,10 +243,6 @@ class seeded:
 
     def __exit__(self, *error: object) -> None:
         self._fork.__exit__(None, None, None)
-
-
-def _size(row: Tokenized) -> int:
-    return len(row.prompt) + sum(map(len, row.responses))
 
 
 def _plain_number(norm: torch.Tensor | float | None) -> float:

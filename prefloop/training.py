@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from prefloop.data import Empty, Overlong, best_vs_worst, tokenize, with_ranks
 from prefloop.logps import Scorer, cached_reference, model_identity
@@ -192,8 +193,19 @@ def reference_of(
     """Log-probabilities of the reference for `rows`, from the cache or scored into it."""
     # A policy that is trained whole is its own reference, as long as it has not moved.
     held = policy.adapter or policy.frozen is not None
-    reference = policy.reference() if held else nullcontext(policy.model)
-    with reference as model, evaluating(model), torch.no_grad():
+    with policy.reference() if held else nullcontext(policy.model) as model:
+        return cached_logps(model, rows, settings, on_rows)
+
+
+@torch.no_grad()
+def cached_logps(
+    model: nn.Module,
+    rows: Sequence[Tokenized],
+    settings: TrainSettings,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> Reference:
+    """What `model`, as it is now, says of `rows`, dropout off; from the cache or scored into it."""
+    with evaluating(model):
         return cached_reference(
             Scorer(model, token_budget=settings.token_budget),
             rows,

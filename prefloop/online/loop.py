@@ -20,13 +20,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from prefloop import data
 from prefloop.collecting import Draw, sample_to_file
 from prefloop.comparing import compare
-from prefloop.logps import Scorer, cached_reference, model_identity
 from prefloop.objectives import Objective
 from prefloop.online.answers import Answers
 from prefloop.online.labels import ByScores, Labels
@@ -34,16 +32,15 @@ from prefloop.online.log_ratios import with_log_ratios
 from prefloop.online.section import section
 from prefloop.online.sources import Source
 from prefloop.policies import Lora, Policy, Sampling, load_policy
-from prefloop.policies.policy import evaluating
 from prefloop.policies.sampling import derived_seed
 from prefloop.rewards import Reward
-from prefloop.runs import cache_folder, read_json, read_jsonl, write_json, write_jsonl
+from prefloop.runs import read_json, read_jsonl, write_json, write_jsonl
 from prefloop.scoring import WithReward, score_file
 from prefloop.selecting import Cut, select
 from prefloop.selection import Rule
 from prefloop.settings import TrainSettings
 from prefloop.trainer.loop import Reference
-from prefloop.training import Handling, Training, prepare
+from prefloop.training import Handling, Training, cached_logps, prepare, reference_of
 from prefloop.types import Comparison, Tokenized, UserError
 
 Row = Mapping[str, Any]
@@ -53,16 +50,14 @@ def fixed_reference(
     policy: Policy, rows: Sequence[Tokenized], settings: TrainSettings
 ) -> Reference:
     """pi_ref is the model that the first round began with, in every round."""
-    with torch.no_grad(), policy.reference() as model, evaluating(model):
-        return _cached(model, rows, settings)
+    return reference_of(policy, rows, settings)
 
 
 def moving_reference(
     policy: Policy, rows: Sequence[Tokenized], settings: TrainSettings
 ) -> Reference:
     """pi_ref is the policy that this round began with."""
-    with torch.no_grad(), evaluating(policy.model):
-        return _cached(policy.model, rows, settings)
+    return cached_logps(policy.model, rows, settings)
 
 
 REFERENCES = {"fixed": fixed_reference, "moving": moving_reference}
@@ -300,12 +295,3 @@ def _displacement(metrics: Sequence[Row]) -> Row:
     last = [row for row in metrics if row["epoch"] > metrics[-1]["epoch"] - 1 + 1e-9]
     names = dict.fromkeys(name for row in last for name in row if name.startswith("displacement/"))
     return {name: fmean(row[name] for row in last if name in row) for name in names}
-
-
-def _cached(model: Any, rows: Sequence[Tokenized], settings: TrainSettings) -> Reference:
-    return cached_reference(
-        Scorer(model, token_budget=settings.token_budget),
-        rows,
-        path=cache_folder() / "reference",
-        identity=model_identity(model),
-    )

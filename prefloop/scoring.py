@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prefloop.data import as_row, as_text, encoder, where
-from prefloop.data.blocks import ArrowBlock, Block, Sizes, blocks, is_columnar
+from prefloop.data.blocks import ArrowBlock, Block, Sizes, blocks, is_columnar, write_tables
 from prefloop.logps import Scorer, buckets, logps_and_hidden_sums
 from prefloop.policies import Policy
 from prefloop.policies.policy import evaluating
@@ -28,6 +28,9 @@ from prefloop.runs import is_whole, read_json, write_json, write_jsonl
 from prefloop.shares import Worker
 from prefloop.types import Comparison, Tokenized, UserError
 from prefloop.types import score as logps_of
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ROUND = Sizes(text=256, columns=256)
 """Rows between two writes to the disk: what a kill can cost."""
@@ -299,10 +302,7 @@ def _write_arrow(block: Block, rows: Sequence[Comparison], file: Path) -> None:
         if name in table.column_names:
             table = table.drop_columns([name])
         table = table.append_column(name, pyarrow.array(values, type=kind))
-    part = file.with_suffix(".part")
-    with pyarrow.OSFile(str(part), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as to:
-        to.write_table(table)
-    part.replace(file)
+    write_tables(file, [table])
 
 
 def _value(row: Comparison, name: str) -> Any:
@@ -310,23 +310,18 @@ def _value(row: Comparison, name: str) -> Any:
 
 
 def _join_arrow(out: Path, parts: Sequence[Path]) -> Path:
+    return write_tables(out / "scored.arrow", _filled(parts))
+
+
+def _filled(parts: Sequence[Path]) -> Iterator["pyarrow.Table"]:
+    """The tables with rows: one whose rows were all left out has no new column."""
     import pyarrow
 
-    whole, part = out / "scored.arrow", out / ".scored.arrow.part"
-    writer = None
-    with pyarrow.OSFile(str(part), "wb") as sink:
-        for one in parts:
-            with pyarrow.memory_map(str(one)) as read:
-                table = pyarrow.ipc.open_stream(read).read_all()
-                if not len(table):  # all of its rows were left out, and it has no new column
-                    continue
-                if writer is None:
-                    writer = pyarrow.ipc.new_stream(sink, table.schema)
-                writer.write_table(table)
-        if writer is not None:
-            writer.close()
-    part.replace(whole)
-    return whole
+    for one in parts:
+        with pyarrow.memory_map(str(one)) as read:
+            table = pyarrow.ipc.open_stream(read).read_all()
+            if len(table):
+                yield table
 
 
 def _file(parts: Path, number: int) -> Path:

@@ -4,7 +4,7 @@ Blocks are numbered and have the same rows whoever reads them, so that several p
 the work and a killed run knows what it had done.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -168,3 +168,22 @@ def _tables(found: Columnar, names: Sequence[str], size: int) -> Iterator[Any]:
 
 def _raise(error: UserError) -> None:
     raise error
+
+
+def write_tables(file: Path, tables: "Iterable[pyarrow.Table]") -> Path:
+    """One Arrow stream of `tables`, whole or not at all; its schema is that of the first.
+
+    No table leaves a file of no bytes.
+    """
+    import pyarrow
+
+    part, writer = file.with_name(f".{file.name}.part"), None
+    with pyarrow.OSFile(str(part), "wb") as sink:
+        for table in tables:
+            if writer is None:
+                writer = pyarrow.ipc.new_stream(sink, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+    part.replace(file)
+    return file

@@ -5,17 +5,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prefloop.data import as_row
-from prefloop.data.blocks import ArrowBlock, Block, Sizes, TextBlock, blocks, column_names
+from prefloop.data.blocks import (
+    ArrowBlock,
+    Block,
+    Sizes,
+    TextBlock,
+    blocks,
+    column_names,
+    write_tables,
+)
 from prefloop.runs import write_jsonl
 from prefloop.selecting.choosing import KEPT, Choice
 from prefloop.selecting.scanning import Measured
 from prefloop.selection import Rule
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ROWS = Sizes(text=1024, columns=8192)
 
@@ -94,22 +105,14 @@ def write_arrow_rows(source: Path, out: Path, verdicts: Verdicts, shown: "Exampl
     Its `reason` is the same for all rows that were kept or left out for one reason; score and place
     stand beside it.
     """
-    import pyarrow
+    return write_tables(out / "selected.arrow", _tables(source, verdicts, shown))
 
-    file, writer = out / "selected.arrow", None
-    part = file.with_name(".selected.arrow.part")
-    with pyarrow.OSFile(str(part), "wb") as sink:
-        for block in blocks(source, column_names(source), sizes=ROWS):
-            assert isinstance(block, ArrowBlock)
-            shown.look_at(block)
-            table = _with_columns(block, verdicts)
-            if writer is None:
-                writer = pyarrow.ipc.new_stream(sink, table.schema)
-            writer.write_table(table)
-        if writer is not None:
-            writer.close()
-    part.replace(file)
-    return file
+
+def _tables(source: Path, verdicts: Verdicts, shown: "Examples") -> "Iterator[pyarrow.Table]":
+    for block in blocks(source, column_names(source), sizes=ROWS):
+        assert isinstance(block, ArrowBlock)
+        shown.look_at(block)
+        yield _with_columns(block, verdicts)
 
 
 class Examples:

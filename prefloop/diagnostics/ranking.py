@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prefloop.diagnostics.roles import change
+from prefloop.diagnostics.roles import change, pairs
 from prefloop.evaluation import (
     Accuracy,
     Calibration,
@@ -21,7 +21,7 @@ from prefloop.evaluation import (
     preference_accuracy,
 )
 from prefloop.intervals import Estimate, mean
-from prefloop.types import Logps, UserError, ordered_pairs
+from prefloop.types import Logps, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def ranking(
         arXiv 2405.19534 (idealized ranking accuracy; formula derived from DPO's optimum).
     """
     moved = change(policy, reference)
-    row, chosen, rejected = _pairs(rank)
+    row, chosen, rejected = pairs(rank)
     prompt = row if clusters is None else clusters[row]
 
     def accuracy(score: Float[Tensor, "B N"]) -> Accuracy:
@@ -103,7 +103,7 @@ def margins(
     margin = beta (log pi/pi_ref (y_w) - log pi/pi_ref (y_l))
     """
     reward = beta * change(policy, reference)
-    row, chosen, rejected = _pairs(rank)
+    row, chosen, rejected = pairs(rank)
     return reward[row, chosen] - reward[row, rejected], row
 
 
@@ -155,12 +155,3 @@ def margins_by_score(
         )
         for inside in (place == index for index in place.unique().tolist())
     )
-
-
-def _pairs(
-    rank: Int[Tensor, "B N"],
-) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Int[Tensor, " P"]]:
-    found = ordered_pairs(rank)
-    if not len(found[0]):
-        raise UserError(f"none of the {len(rank)} comparisons orders two responses; give ranks")
-    return found

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prefloop.types import Logps, UserError
+from prefloop.types import Logps, UserError, ordered_pairs
 
 
 @dataclass(frozen=True)
@@ -61,4 +61,18 @@ def change(policy: Logps, reference: Logps) -> Float[Tensor, "B N"]:
             f"{bad} of {found.numel()} responses have a log-probability that is not finite; look "
             "for a model with NaN weights or a response of probability 0"
         )
+    return found
+
+
+def pairs(
+    rank: Int[Tensor, "B N"],
+) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Int[Tensor, " P"]]:
+    """`ordered_pairs` of data that must order something.
+
+    Raises:
+        UserError: no comparison orders two responses.
+    """
+    found = ordered_pairs(rank)
+    if not len(found[0]):
+        raise UserError(f"none of the {len(rank)} comparisons orders two responses; give ranks")
     return found

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prefloop import did
-from prefloop.diagnostics.roles import change, roles
+from prefloop.diagnostics.roles import change, pairs, roles
 from prefloop.intervals import Estimate, mean
-from prefloop.types import Logps, UserError, ordered_pairs
+from prefloop.types import Logps, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def taught_by_scores(
 
     None where the policy's margins are those of its reference.
     """
-    row, chosen, rejected = _pairs(rank)
+    row, chosen, rejected = pairs(rank)
     taught = (scores[row, chosen] - scores[row, rejected]).double()
     margins = _margins(policy, reference, rank)
     return _fit(*margins, margins[1] - taught, "scores")
@@ -111,7 +111,7 @@ def _margins(
     policy: Logps, reference: Logps, rank: Int[Tensor, "B N"]
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """log pi(y_w) - log pi(y_l) of every ordered pair, under both."""
-    row, chosen, rejected = _pairs(rank)
+    row, chosen, rejected = pairs(rank)
     base = reference.token.double().sum(-1)
     mine = base + change(policy, reference)
     one, two = (part[row, chosen] - part[row, rejected] for part in (mine, base))
@@ -131,12 +131,3 @@ def _fit(
         ordered=did.ordered_margins(policy, reference, rejected),
         source=source,
     )
-
-
-def _pairs(
-    rank: Int[Tensor, "B N"],
-) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"], Int[Tensor, " P"]]:
-    found = ordered_pairs(rank)
-    if not len(found[0]):
-        raise UserError(f"none of the {len(rank)} comparisons orders two responses; give ranks")
-    return found

@@ -41,14 +41,8 @@ class OnlinePVar(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LargestImplicitGap(Rule):
-    """Implicit reward of the best response minus that of the worst, the largest first.
-
-    A pair that the policy already orders as labelled, by a wide margin.
-
-    Attributes:
-        beta: of the implicit reward, per nat.
-    """
+class _ImplicitGap(Rule):
+    """Implicit reward of the best response minus that of the worst; its rules say which end."""
 
     beta: float = 0.1
     columns: ClassVar[tuple[str, ...]] = (*RATIO, BEST_WORST)
@@ -63,7 +57,18 @@ class LargestImplicitGap(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallestImplicitGap(Rule):
+class LargestImplicitGap(_ImplicitGap):
+    """Implicit reward of the best response minus that of the worst, the largest first.
+
+    A pair that the policy already orders as labelled, by a wide margin.
+
+    Attributes:
+        beta: of the implicit reward, per nat.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallestImplicitGap(_ImplicitGap):
     """Implicit reward of the best response minus that of the worst, the smallest first.
 
     Difficulty-based selection keeps the smallest tenth. Whether the sign counts is not settled
@@ -77,17 +82,7 @@ class SmallestImplicitGap(Rule):
         Difficulty-based selection, arXiv 2508.04149.
     """
 
-    beta: float = 0.1
     absolute: bool = True
-    columns: ClassVar[tuple[str, ...]] = (*RATIO, BEST_WORST)
-    measures: ClassVar[tuple[str, ...]] = ("implicit_gap",)
-
-    def __post_init__(self) -> None:
-        _refuse_bad_beta(self)
-
-    def measure(self, table: Table) -> Float[Tensor, "P C"]:
-        gap = best_worst(table[BEST_WORST]).margin(_log_ratio(table))
-        return (self.beta * gap).unsqueeze(-1)
 
     def scores(self, measured: Float[Tensor, "P C"]) -> Float[Tensor, " P"]:
         gap = measured[:, 0]
@@ -307,7 +302,7 @@ def _log_ratio(table: Table) -> Float[Tensor, "P N"]:
 
 
 def _refuse_bad_beta(
-    rule: OnlinePVar | LargestImplicitGap | SmallestImplicitGap | PreferenceCertainty,
+    rule: OnlinePVar | _ImplicitGap | PreferenceCertainty,
 ) -> None:
     if not 0 < rule.beta < float("inf"):
         raise UserError(

@@ -5,6 +5,7 @@ They read as objectives do, so that the one trainer trains them: the "policy" is
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,32 @@ from prefloop.objectives.family import mean_by_row
 from prefloop.types import Judgement, Logps, PerComparison, PerResponse, ordered_pairs
 
 
+class RewardLoss(ABC):
+    """A loss of rewards, in the form of an objective."""
+
+    needs_reference = False
+    couples_batch = False
+    uses_ties = False
+    needs_collision = False
+    data = ("rank",)
+
+    @abstractmethod
+    def of_rewards(self, rewards: PerResponse, judgement: Judgement) -> PerComparison:
+        """The loss of rewards (B, N)."""
+
+    def rewards(self, policy: Logps, reference: Logps | None) -> Float[Tensor, "*shape"]:
+        """The reward of each response."""
+        return policy.sum
+
+    def per_comparison(
+        self, policy: Logps, reference: Logps | None, judgement: Judgement
+    ) -> PerComparison:
+        """The loss of each comparison, of the rewards that stand in `policy.sum`."""
+        return self.of_rewards(policy.sum, judgement)
+
+
 @dataclass(frozen=True, kw_only=True)
-class BradleyTerry:
+class BradleyTerry(RewardLoss):
     """A better response wins against a worse one with probability sigmoid(r_i - r_j).
 
         loss = mean over ordered pairs i > j of
@@ -46,12 +71,6 @@ class BradleyTerry:
     label_smoothing: float = 0.0
     centre: float = 0.0
 
-    needs_reference = False
-    couples_batch = False
-    uses_ties = False
-    needs_collision = False
-    data = ("rank",)
-
     def __post_init__(self) -> None:
         for name in ("margin", "score_margin", "centre"):
             _refuse_negative(self, name, getattr(self, name))
@@ -61,18 +80,8 @@ class BradleyTerry:
                 f"{self.label_smoothing}; it is the share of labels that are thought to be flipped"
             )
 
-    def rewards(self, policy: Logps, reference: Logps | None) -> Float[Tensor, "*shape"]:
-        """The reward of each response."""
-        return policy.sum
-
-    def per_comparison(
-        self, policy: Logps, reference: Logps | None, judgement: Judgement
-    ) -> PerComparison:
-        """Mean loss over the strictly ordered pairs of each comparison."""
-        return self.of_rewards(policy.sum, judgement)
-
     def of_rewards(self, rewards: PerResponse, judgement: Judgement) -> PerComparison:
-        """The loss of rewards (B, N)."""
+        """Mean loss over the strictly ordered pairs of each comparison."""
         row, better, worse = ordered_pairs(judgement.rank)
         refuse_unordered(row.bincount(minlength=len(rewards)) > 0)
         high, low = rewards[row, better], rewards[row, worse]
@@ -85,7 +94,7 @@ class BradleyTerry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlackettLuce:
+class PlackettLuce(RewardLoss):
     """The ranking as a whole: a response is drawn from those that remain with softmax(r).
 
         loss = sum over judged i of log(1 + sum over j worse than i of exp(m + r_j - r_i))
@@ -104,25 +113,9 @@ class PlackettLuce:
     margin: float = 0.0
     centre: float = 0.0
 
-    needs_reference = False
-    couples_batch = False
-    uses_ties = False
-    needs_collision = False
-    data = ("rank",)
-
     def __post_init__(self) -> None:
         for name in ("margin", "centre"):
             _refuse_negative(self, name, getattr(self, name))
-
-    def rewards(self, policy: Logps, reference: Logps | None) -> Float[Tensor, "*shape"]:
-        """The reward of each response."""
-        return policy.sum
-
-    def per_comparison(
-        self, policy: Logps, reference: Logps | None, judgement: Judgement
-    ) -> PerComparison:
-        """The loss of each ranking."""
-        return self.of_rewards(policy.sum, judgement)
 
     def of_rewards(self, rewards: PerResponse, judgement: Judgement) -> PerComparison:
         """The loss of rewards (B, N)."""

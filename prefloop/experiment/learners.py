@@ -96,12 +96,12 @@ class PolicyLearner:
         answered = sample_to_file(policy, [*pool, *warm], folder, draw)
         labelled = score([row for row in answered if not data.has_empty(row)], self._label())
         names = {row.id for row in warm}
-        data.write(folder / HELD_OUT, held_out)
-        data.write(folder / WARM, (row for row in labelled if row.id in names))
-        data.write(folder / POOL, (row for row in labelled if row.id not in names))
-        shared = data.read(folder / POOL), data.read(folder / WARM)
-        write_scored(*shared, self.rewards, folder, seed)
-        (folder / "done").touch()
+        parts = {
+            HELD_OUT: held_out,
+            WARM: [row for row in labelled if row.id in names],
+            POOL: [row for row in labelled if row.id not in names],
+        }
+        _share(parts, self.rewards, folder, seed)
 
     def learn(
         self, arm: Arm, rows: Sequence[Comparison], shared: Path, out: Path
@@ -210,12 +210,8 @@ class HeadLearner:
         rng = torch.Generator().manual_seed(seed)
         drawn = [train[place] for place in torch.randperm(len(train), generator=rng).tolist()]
         most = self.warm + self.pool if self.pool else None
-        data.write(folder / HELD_OUT, held_out)
-        data.write(folder / WARM, drawn[: self.warm])
-        data.write(folder / POOL, drawn[self.warm : most])
-        shared = data.read(folder / POOL), data.read(folder / WARM)
-        write_scored(*shared, self.rewards, folder, seed)
-        (folder / "done").touch()
+        parts = {HELD_OUT: held_out, WARM: drawn[: self.warm], POOL: drawn[self.warm : most]}
+        _share(parts, self.rewards, folder, seed)
 
     def learn(
         self, arm: Arm, rows: Sequence[Comparison], shared: Path, out: Path
@@ -235,3 +231,13 @@ class HeadLearner:
         for place, value in zip(credit.row.tolist(), credit.credit.tolist(), strict=True):
             found.setdefault(prompt_key(held_out[place].prompt), []).append(value)
         return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def _share(
+    parts: Mapping[str, Sequence[Comparison]], rewards: Rewards, folder: Path, seed: int
+) -> None:
+    """Write the parts of a seed and the scores that rules read; then the seed is done."""
+    for name, rows in parts.items():
+        data.write(folder / name, rows)
+    write_scored(data.read(folder / POOL), data.read(folder / WARM), rewards, folder, seed)
+    (folder / "done").touch()

@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
 from prefloop.data import Empty, Overlong, has_empty, tokenize
 from prefloop.errors import UserError
@@ -62,12 +64,17 @@ class CausalBackbone:
 
     def readable(self, rows: Sequence[Comparison]) -> list[Comparison]:
         """The rows that fit; what does not is dropped or refused, as `overlong` and `empty` say."""
-        policy = load_policy(self.model, device="cpu")
-        limit = self.max_length or policy.context
         kept = [row for row in rows if self.empty is Empty.refuse or not has_empty(row)]
-        tokens, _ = tokenize(kept, policy.tokenizer, limit, self.overlong)
+        tokenizer, context = self._reads
+        tokens, _ = tokenize(kept, tokenizer, self.max_length or context, self.overlong)
         fitting = {row.id for row in tokens}
         return [row for row in kept if row.id in fitting]
+
+    @cached_property
+    def _reads(self) -> tuple[PreTrainedTokenizerBase, int | None]:
+        """Tokenizer and context of the model, loaded whole so that a bad one is refused early."""
+        policy = load_policy(self.model, device="cpu")
+        return policy.tokenizer, policy.context
 
     def train(
         self, rows: Sequence[Comparison], held_out: Sequence[Comparison], folder: Path, seed: int

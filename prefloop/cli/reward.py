@@ -130,10 +130,8 @@ class Reward:
         from prefloop.training import PAIRS
 
         columns = data.parse_columns(self.columns)
-        rows = data.read(self.data, columns)
-        held_out = data.read(self.held_out, columns) if self.held_out else []
-        if not self.held_out and self.held_out_share:
-            rows, held_out = data.split(rows, self.held_out_share, self.loop.seed)
+        share, seed = self.held_out_share, self.loop.seed
+        rows, held_out = data.read_divided(self.data, self.held_out, share, seed, columns)
         order = PAIRS[self.pairs]
         if isinstance(backbone, EncoderBackbone) and (cut := backbone.cut([*rows, *held_out])):
             limit = backbone.encoder.max_tokens

@@ -212,12 +212,8 @@ class Train:
         from prefloop import data
 
         columns = data.parse_columns(self.columns)
-        rows = data.read(self.data, columns)
-        if self.held_out:
-            return rows, data.read(self.held_out, columns)
-        if self.held_out_share:
-            return data.split(rows, self.held_out_share, self.loop.seed)
-        return rows, []
+        share, seed = self.held_out_share, self.loop.seed
+        return data.read_divided(self.data, self.held_out, share, seed, columns)
 
     def _rows(
         self,

@@ -12,7 +12,7 @@ from prefloop.data.convert import (
     with_ranks,
 )
 from prefloop.data.files import as_row, iterate, read, read_prompts, unique, write
-from prefloop.data.held_out import split
+from prefloop.data.held_out import read_divided, split
 from prefloop.data.keys import as_text, prompt_key
 from prefloop.data.tokens import (
     Empty,
@@ -44,6 +44,7 @@ __all__ = [
     "prompt_key",
     "rank_from_scores",
     "read",
+    "read_divided",
     "read_prompts",
     "split",
     "to_pairs",

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable
 from hashlib import blake2b
+from pathlib import Path
 from typing import Literal
 
+from prefloop.data.columns import Columns
+from prefloop.data.files import read
 from prefloop.data.keys import prompt_key
 from prefloop.data.tokens import where
 from prefloop.types import Comparison, UserError
@@ -49,6 +52,24 @@ def split(
         [row for row, key in both if key not in held_out],
         [row for row, key in both if key in held_out],
     )
+
+
+def read_divided(
+    path: Path, held_out: Path | None, fraction: float, seed: int, columns: Columns
+) -> tuple[list[Comparison], list[Comparison]]:
+    """(training rows, held-out rows): of `path` and of `held_out`, or a `split` of `path` alone.
+
+    Args:
+        path, held_out: any data that `read` reads.
+        fraction: share of the prompts of `path` that is held out where `held_out` is None; 0 holds
+            out none.
+        seed: of the split.
+        columns: other names of columns, of both.
+    """
+    rows = read(path, columns)
+    if held_out:
+        return rows, read(held_out, columns)
+    return split(rows, fraction, seed) if fraction else (rows, [])
 
 
 def _hash(seed: int, key: str) -> bytes:

@@ -72,8 +72,6 @@ def files(run: Path) -> dict[str, object]:
         if path.name == "metrics.jsonl":
             rows = list(read_jsonl(path))
             found[name] = [{k: row[k] for k in row if "per_second" not in k} for row in rows]
-        elif path.name == "adapter_config.json":  # peft writes a set in the order of the process
-            found[name] = sorted(path.read_text().replace(",", "").split())
         elif path.is_file() and name != "config.json":
             found[name] = path.read_bytes()
     return found

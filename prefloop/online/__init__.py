@@ -1,7 +1,7 @@
 """Online preference optimization: sample, score, select, train, measure; again with what came out.
 
 sources      where a round's comparisons come from       recipes     the named methods
-exploration  XPO's bonus                                 log_ratios  for rules that read them
+exploration  XPO's bonus
 answers      who answers: the policy, or a server        labels      who judges
 loop         the rounds, on disk                         section     the report's page
 """

@@ -28,14 +28,13 @@ from prefloop.comparing import compare
 from prefloop.objectives import Objective
 from prefloop.online.answers import Answers
 from prefloop.online.labels import ByScores, Labels
-from prefloop.online.log_ratios import with_log_ratios
 from prefloop.online.section import section
 from prefloop.online.sources import Source
 from prefloop.policies import Lora, Policy, Sampling, load_policy
 from prefloop.policies.sampling import derived_seed
 from prefloop.rewards import Reward
 from prefloop.runs import read_json, read_jsonl, write_json, write_jsonl
-from prefloop.scoring import WithReward, score_file
+from prefloop.scoring import WithLogps, WithReward, score_file
 from prefloop.selecting import Cut, select
 from prefloop.selection import Rule
 from prefloop.settings import TrainSettings
@@ -253,8 +252,8 @@ class Online:
         if "reference_logps" not in self.asking.rule.columns:
             return scored
         measured = folder / "log_ratios.jsonl"
-        rows = list(data.iterate(scored))
-        write_jsonl(measured, map(data.as_row, with_log_ratios(rows, policy)))
+        rows = WithLogps(policy=policy)(list(data.iterate(scored)))
+        write_jsonl(measured, map(data.as_row, rows))
         return measured
 
     def _row(self, number: int, folder: Path) -> Row:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from prefloop import data
 from prefloop.collecting import Draw
+from prefloop.demo_prompts import story_prompts
 from prefloop.intervals import Estimate, mean
 from prefloop.objectives import SoftLabelDPO
 from prefloop.online import RECIPES, Asking, Learning, Measuring, Online, source_of
@@ -29,38 +29,14 @@ from prefloop.runs import write_json
 from prefloop.selecting import Cut
 from prefloop.selection import PVar
 from prefloop.settings import TrainSettings
-from prefloop.types import Comparison
 
 METHODS = ("vanilla", "on_policy", "hybrid", "mixture")
-NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
-OPENINGS = (
-    "went to the park with",
-    "found a big box for",
-    "had a red ball and played with",
-    "saw a dog near",
-    "was sad because of",
-    "wanted to bake a cake for",
-    "lost a toy that belonged to",
-    "heard a loud noise and ran to",
-    "made a picture of",
-    "sat under a tree with",
-)
 BETA, MARGIN_SCALE, TOKENS, ANSWERS = 0.1, 4.0, 40, 4
-
-
-def prompts() -> tuple[list[Comparison], list[Comparison]]:
-    """Openings of stories: to train on, and held out."""
-    rows = [
-        Comparison(prompt=f"One day, {name} {opening}", responses=(), id=f"{name}-{number}")
-        for name in NAMES
-        for number, opening in enumerate(OPENINGS)
-    ]
-    return data.split(rows, 0.4, 0)
 
 
 def loop(model: str, method: str, seed: int, rounds: int, out: Path) -> Online:
     """The online run of one method and seed."""
-    train, held_out = prompts()
+    train, held_out = story_prompts()
     settings = Sampling(max_new_tokens=TOKENS, rows=128)
     return Online(
         asking=Asking(

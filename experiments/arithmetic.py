@@ -13,22 +13,22 @@ Everything is kept in --out: a run that was stopped goes on, and seeds may be ru
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from curves import Line, Panel, draw
+from methods import Method
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prefloop.intervals import Estimate, mean
 from prefloop.logps import Scorer, cached_reference, model_identity
-from prefloop.objectives import DPO, DPOP, SFT, Objective, SimPO, Sum
+from prefloop.objectives import DPO, DPOP, SFT, SimPO, Sum
 from prefloop.runs import read_json, write_json
 from prefloop.settings import TrainSettings
 from prefloop.stable import Hinge, StableGradient
-from prefloop.trainer import Gradient, backward, build_trainer
+from prefloop.trainer import build_trainer
 from prefloop.trainer.loop import global_batch
 from prefloop.types import Tokenized
 
@@ -39,14 +39,6 @@ LR, STEPS, EVERY, BATCH = 3e-4, 400, 20, 32
 BETA = 0.1
 PATIENCE = 6000
 EXACT, LOGP, CHANGE = "exact match", "log p(right answer), nats", "change of the chosen, nats"
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is minimised, and how its gradient is computed."""
-
-    objective: Objective
-    gradient: Gradient = backward
 
 
 METHODS = {

@@ -22,20 +22,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from curves import Line, Panel, draw
+from methods import Method
 
 from prefloop import data, smollm2
 from prefloop.comparing import trained_policy
 from prefloop.data import encoder
 from prefloop.diagnosing import diagnose
 from prefloop.intervals import Estimate, mean
-from prefloop.objectives import DPO, Objective, SimPO
+from prefloop.objectives import DPO, SimPO
 from prefloop.policies import Lora, Policy, Sampling, load_policy
 from prefloop.policies.sampling import FromPolicy, Sampler, sample
 from prefloop.runs import read_json, read_jsonl, write_jsonl
 from prefloop.samplers import FromReference
 from prefloop.settings import TrainSettings
 from prefloop.stable import Hinge, StableGradient
-from prefloop.trainer import Gradient, backward
 from prefloop.training import Handling, Training, prepare
 from prefloop.types import Comparison
 
@@ -43,14 +43,6 @@ ALIKE, ANSWER_WORDS, PROMPT_WORDS = 0.5, 20, 45
 TRAIN, HELD_OUT = 12, 12
 BATCH, BETA = 4, 0.1
 KINDS = ("train", "held-out")
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is minimised, and how its gradient is computed."""
-
-    objective: Objective
-    gradient: Gradient = backward
 
 
 METHODS = {

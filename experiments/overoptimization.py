@@ -22,9 +22,9 @@ import torch
 from accelerate import Accelerator
 from curves import Line, Panel, draw
 
-from prefloop import data
 from prefloop.collecting import Draw
 from prefloop.data import encoder
+from prefloop.demo_prompts import story_prompts
 from prefloop.diagnosing import diagnose
 from prefloop.diagnostics import verdict
 from prefloop.diagnostics.text import text_statistics
@@ -39,19 +39,6 @@ from prefloop.selection import PVar
 from prefloop.settings import TrainSettings
 from prefloop.types import Comparison
 
-NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
-OPENINGS = (
-    "went to the park with",
-    "found a big box for",
-    "had a red ball and played with",
-    "saw a dog near",
-    "was sad because of",
-    "wanted to bake a cake for",
-    "lost a toy that belonged to",
-    "heard a loud noise and ran to",
-    "made a picture of",
-    "sat under a tree with",
-)
 BETA, LR, TOKENS = 0.02, 1e-3, 60
 DRAWING = Sampling(max_new_tokens=TOKENS, rows=128)
 Row = Mapping[str, Any]
@@ -66,19 +53,9 @@ SIGNS: dict[str, Callable[[Row], bool]] = {
 """What is looked for, with the thresholds of the verdict: first of probabilities, then of text."""
 
 
-def prompts() -> tuple[list[Comparison], list[Comparison]]:
-    """Openings of stories: to train on, and held out."""
-    rows = [
-        Comparison(prompt=f"One day, {name} {opening}", responses=(), id=f"{name}-{number}")
-        for name in NAMES
-        for number, opening in enumerate(OPENINGS)
-    ]
-    return data.split(rows, 0.4, 0)
-
-
 def loop(model: str, seed: int, rounds: int, out: Path) -> Online:
     """The online run of one seed: on-policy pairs, hard labels, little KL constraint."""
-    train, held_out = prompts()
+    train, held_out = story_prompts()
     source = source_of(FromPolicy(), 2)
     return Online(
         asking=Asking(
@@ -105,7 +82,7 @@ def loop(model: str, seed: int, rounds: int, out: Path) -> Online:
 
 def judged_answers(policy: Policy, seed: int) -> list[Comparison]:
     """Four answers of the first model to each held-out prompt: best, worst, and two not judged."""
-    rows = prompts()[1]
+    rows = story_prompts()[1]
     draw = Draw(n=4, settings=DRAWING, seed=2000 + seed)
     drawn = draw(policy, encoder(policy.tokenizer).prompts(rows))
     answered = [

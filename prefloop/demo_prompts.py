@@ -1,4 +1,8 @@
-"""Prompts of the demo: short questions that invite an opinion or a story, in plain English."""
+"""Prompts that the package brings along: of the demo, short questions that invite an opinion or a
+story, in plain English; and openings of stories, for a small model that knows nothing else."""
+
+from prefloop.data import split
+from prefloop.types import Comparison
 
 TRAIN = (
     "What do you think of rainy Sundays?",
@@ -79,3 +83,27 @@ HELD_OUT = (
     "What is your opinion of fast food?",
 )
 """24 prompts that training never sees."""
+
+NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
+OPENINGS = (
+    "went to the park with",
+    "found a big box for",
+    "had a red ball and played with",
+    "saw a dog near",
+    "was sad because of",
+    "wanted to bake a cake for",
+    "lost a toy that belonged to",
+    "heard a loud noise and ran to",
+    "made a picture of",
+    "sat under a tree with",
+)
+
+
+def story_prompts() -> tuple[list[Comparison], list[Comparison]]:
+    """Openings of stories: to train on, and held out."""
+    rows = [
+        Comparison(prompt=f"One day, {name} {opening}", responses=(), id=f"{name}-{number}")
+        for name in NAMES
+        for number, opening in enumerate(OPENINGS)
+    ]
+    return split(rows, 0.4, 0)

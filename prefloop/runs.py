@@ -7,6 +7,7 @@ can be made again from disk and every command can be killed and run again.
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -35,12 +36,17 @@ def create_run(out: Path) -> Path:
 def start_run(out: Path, command: str, settings: Mapping[str, Any], resume: bool) -> Path:
     """The folder of a run with its `config.json`: a new one, or with `resume` the one it was.
 
+    What a killed process was writing goes away, so that the run ends with the files of one that
+    nobody killed. One process calls this, before any other writes.
+
     Raises:
         UserError: the folder exists and `resume` is off; or the run to go on with had other
             settings, each of which is named.
     """
     config = Path(out) / "config.json"
     if not (resume and config.exists()):
+        if resume:
+            _sweep(Path(out), f".{config.name}.*.part")
         create_run(out)
         write_json(
             config,
@@ -60,7 +66,17 @@ def start_run(out: Path, command: str, settings: Mapping[str, Any], resume: bool
             f"{'; '.join(changed) or 'this is a run of prefloop ' + str(stored.get('command'))}. "
             f"Use `prefloop {command} --config {config} --out {out} --resume`, or a new --out."
         )
+    _sweep(Path(out), ".*.part")
     return Path(out)
+
+
+def _sweep(run: Path, temporary: str) -> None:
+    """Remove files and folders of a run that stand under a temporary name."""
+    for left in sorted(run.rglob(temporary)):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)  # it may have stood in a folder that is gone
 
 
 def write_text(path: Path, text: str) -> None:

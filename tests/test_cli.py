@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from prefloop.cli import COMMANDS, main
-from prefloop.runs import read_json, read_jsonl, write_jsonl
+from prefloop.errors import UserError
+from prefloop.runs import read_json, read_jsonl, start_run, write_jsonl
 from prefloop.settings import TrainSettings
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -249,6 +250,32 @@ def test_a_reward_that_is_no_number_names_the_row_and_ends_no_file(tmp_path, cap
     assert main([*words, "--reward", "test_cli:score_nothing"]) == 2
     assert "data.jsonl:1" in capsys.readouterr().err
     assert not (tmp_path / "s" / "scored.jsonl").exists()
+
+
+def test_what_a_killed_process_was_writing_goes_away_with_the_resume(tmp_path):
+    start_run(tmp_path / "run", "score", {"seed": 1}, False)
+    deep = tmp_path / "run" / "round-1"
+    (deep / ".policy.x7.part").mkdir(parents=True)
+    (deep / ".policy.x7.part" / ".a.json.9.part").write_text("{")
+    (deep / ".scoring.json.123.part").write_text("{")
+    (deep / "responses.part.jsonl").write_text("kept: it is gone on with")
+    with pytest.raises(UserError, match="seed was 1, is 2"):
+        start_run(tmp_path / "run", "score", {"seed": 2}, True)
+    assert (deep / ".scoring.json.123.part").exists()  # a folder that is refused is not touched
+    start_run(tmp_path / "run", "score", {"seed": 1}, True)
+    assert [path.name for path in deep.iterdir()] == ["responses.part.jsonl"]
+
+
+def test_a_run_killed_while_its_settings_were_written_is_begun_anew(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.77.part").write_text("{")
+    start_run(tmp_path / "run", "score", {"seed": 1}, True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".mine.part").write_text("of somebody else")
+    with pytest.raises(UserError, match="exists already"):
+        start_run(tmp_path / "other", "score", {}, True)
+    assert (tmp_path / "other" / ".mine.part").exists()
 
 
 def test_resuming_with_other_settings_is_refused_by_name(model, tmp_path, capsys):

@@ -160,7 +160,7 @@ class Policy:
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
             part.chmod(0o755)
             self._write_weights(part)

@@ -100,10 +100,10 @@ def _from_server(prompt: Comparison, drawn: Sequence[Answer], model: str) -> Com
         prompt=prompt.prompt,
         responses=tuple(one.text for one in drawn),
         id=prompt.id,
+        finished=tuple(one.finished for one in drawn),
         extra={
             **prompt.extra,
             "sampler": [f"server:{model}"] * len(drawn),
-            "finished": [one.finished for one in drawn],
             "server_logps": [None if one.logp is None else sum(one.logp) for one in drawn],
         },
     )
@@ -115,10 +115,10 @@ def _answered(prompt: Comparison, drawn: Sequence[Sample]) -> Comparison:
         prompt=prompt.prompt,
         responses=tuple(one.text for one in drawn),
         id=prompt.id,
+        finished=tuple(one.finished for one in drawn),
         extra={
             **prompt.extra,
             "sampler": [one.sampler for one in drawn],
-            "finished": [one.finished for one in drawn],
             "tokens": [len(one.tokens) for one in drawn],
             "policy_logps": [
                 None if one.policy_logp is None else sum(one.policy_logp) for one in drawn

@@ -138,6 +138,7 @@ def _answers(
         Comparison(
             prompt=prompt.prompt,
             responses=tuple(one.text for one in answers),
+            finished=tuple(one.finished for one in answers),
             id=prompt.id,
             place=prompt.place,
         )

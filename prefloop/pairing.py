@@ -135,12 +135,9 @@ def paired(row: Comparison, pairs: Pairs) -> list[Comparison]:
     """One comparison of two responses for each pair, better first, with the ids "ID#i-j"."""
     return [
         replace(
-            row,
-            responses=(row.responses[better], row.responses[worse]),
+            row.picked((better, worse)),
             rank=(1, 2),
-            scores=None if row.scores is None else (row.scores[better], row.scores[worse]),
             label=None,
-            ensemble=None if row.ensemble is None else (row.ensemble[better], row.ensemble[worse]),
             id=f"{row.id}#{better + 1}-{worse + 1}",
         )
         for better, worse in pairs

@@ -11,7 +11,7 @@ To add either: write the dataclass here, name it in `SAMPLERS` or `CHOOSERS`, an
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -259,14 +259,7 @@ def chosen_pair(row: Comparison, chooser: Chooser, seed: int) -> Comparison:
         )
     rng = np.random.default_rng(derived_seed(seed, row.id))
     places = chooser.choose(row.scores, rng)
-    return replace(
-        row,
-        responses=tuple(row.responses[place] for place in places),
-        scores=tuple(row.scores[place] for place in places),
-        rank=None if row.rank is None else tuple(row.rank[place] for place in places),
-        label=None if row.label is None else tuple(row.label[place] for place in places),
-        ensemble=None if row.ensemble is None else tuple(row.ensemble[place] for place in places),
-    )
+    return row.picked(places)
 
 
 class MixedLogits(LogitsProcessor):

@@ -56,7 +56,7 @@ class WithReward:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WithLogps:
-    """What policy and reference say of each response, its end-of-turn token included.
+    """What policy and reference say of each response, with its end-of-turn token if it finished.
 
     `policy_logps`, `reference_logps`: log-probability, nats a response. `tokens`: response tokens.
     A response of no text is its end-of-turn token.
@@ -102,7 +102,7 @@ class WithLogps:
         return [
             Tokenized(
                 prompt=prompt,
-                responses=tuple((*ids[text], coder.end) for text in row.responses),
+                responses=coder.closed(row, ids),
                 id=row.id,
                 place=row.place,
             )

@@ -11,8 +11,8 @@ Log-probabilities are natural logs (nats). Masks are True where something exists
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,7 @@ from prefloop.errors import UserError as UserError
 PerPair: TypeAlias = Float[Tensor, " P"]
 PerComparison: TypeAlias = Float[Tensor, " B"]
 PerResponse: TypeAlias = Float[Tensor, "B N"]
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Comparison:
         place: "file:line", for messages.
         extra: other columns of the row, carried from stage to stage untouched.
         ensemble: what each of K reward models gives each response (N tuples of K), or None.
+        finished: whether each response ended by itself; one that was cut at a length is followed by
+            nothing, and gets no end-of-turn token. None: all of them did.
     """
 
     prompt: str | tuple[Mapping[str, str], ...]
@@ -55,6 +58,31 @@ class Comparison:
     place: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     ensemble: tuple[tuple[float, ...], ...] | None = None
+    finished: tuple[bool, ...] | None = None
+
+    @property
+    def ends(self) -> tuple[bool, ...]:
+        """Whether each response ended by itself, also where nobody said so."""
+        return (True,) * len(self.responses) if self.finished is None else self.finished
+
+    def picked(self, places: Sequence[int]) -> "Comparison":
+        """The row with the responses at `places`, in that order, and what is known of each.
+
+        `extra` stays as it is: nobody knows which of its columns have an entry a response.
+        """
+
+        def at(entries: tuple[Entry, ...] | None) -> tuple[Entry, ...] | None:
+            return None if entries is None else tuple(entries[place] for place in places)
+
+        return replace(
+            self,
+            responses=tuple(self.responses[place] for place in places),
+            rank=at(self.rank),
+            scores=at(self.scores),
+            label=at(self.label),
+            ensemble=at(self.ensemble),
+            finished=at(self.finished),
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +91,7 @@ class Tokenized:
 
     Attributes:
         prompt: token ids of the rendered prompt, BOS included where the model wants one.
-        responses: token ids of each response, the end-of-turn token included.
+        responses: token ids of each response, with the end-of-turn token where it finished.
         rank: as in `Comparison`, 0 where not judged.
         scores, label, annotator, weight, id, place, ensemble: as in `Comparison`; a label of None
             is a response that nobody labelled.

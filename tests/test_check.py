@@ -44,7 +44,7 @@ def test_rows_are_counted_by_kind(data):
     path = data(
         [
             ranked("p", ["a", "b", "c"], [1, 2, 2]),  # 2 ordered pairs
-            ranked("p", ["a", "b"], [1, 1]),  # a tie
+            ranked("p", ["a", "b"], [1, 1], finished=[True, False]),  # a tie, one cut
             ranked("q", ["a", "a"], None, scores=[1.0, 0.0]),  # 1 pair, identical
             {"prompt": "q", "completion": "q and so on", "label": True},  # repeats its prompt
             ranked("r", ["a", " "], None),  # not judged, an empty response
@@ -55,7 +55,7 @@ def test_rows_are_counted_by_kind(data):
     assert shape.responses == {1: 1, 2: 3, 3: 1}
     assert (shape.ranked, shape.scored, shape.labelled, shape.unjudged) == (2, 1, 1, 1)
     assert (shape.pairs, shape.ties) == (3, 1)
-    assert (shape.identical, shape.empty, shape.repeats_prompt) == (1, 1, 1)
+    assert (shape.identical, shape.empty, shape.repeats_prompt, shape.cut) == (1, 1, 1, 1)
 
 
 def test_votes_on_the_same_pair_are_held_against_each_other(data):

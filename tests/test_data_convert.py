@@ -134,12 +134,31 @@ UNMERGED = [
     [vote("a", "b"), vote("b", "c", 0), vote("a", "c", 0)],  # a > b = c = a
     [row("ab", scores=(0.0, 1.0)), row("bc", scores=(2.0, 1.0))],  # two scores for b
     [row("a", label=(True,)), row("a", label=(False,))],
+    [vote("a", "b", finished=(True, False)), vote("b", "c")],  # b is whole in one row only
 ]
 
 
 @pytest.mark.parametrize("rows", UNMERGED)
 def test_rows_that_leave_a_pair_open_or_contradict_each_other_stay_apart(rows):
     assert group(rows) == (rows, len(rows))
+
+
+def test_which_responses_were_cut_follows_them_everywhere():
+    made = row("abc", (2, 1, 3), finished=(True, True, False))
+    assert [pair.finished for pair in to_pairs([made])] == [
+        (True, False),
+        (True, True),
+        (True, False),
+    ]
+    assert best_vs_worst([made])[0].finished == (True, False)
+    assert unpair([made])[0].finished == (True, False)
+    votes = [
+        vote("a", "b", finished=(True, False)),
+        vote("a", "c"),
+        vote("b", "c", finished=(False, True)),
+    ]
+    (merged,), _ = group(votes)
+    assert merged.finished == (True, False, True)
 
 
 def test_rows_of_different_prompts_annotators_or_weights_are_never_merged():

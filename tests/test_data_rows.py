@@ -5,6 +5,7 @@ import pytest
 from prefloop.data.columns import parse_columns
 from prefloop.data.rows import comparison, prompt_only
 from prefloop.errors import UserError
+from prefloop.types import Comparison
 
 USER = {"role": "user", "content": "Hi?"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -56,6 +57,44 @@ def test_labels_may_judge_several_responses():
         True,
         False,
     )
+
+
+def test_rows_say_which_responses_finished():
+    listed = {"prompt": "q", "responses": ["a", "b", "c"], "finished": [True, False, True]}
+    row = parse(listed)
+    assert row.finished == row.ends == (True, False, True)
+    pair = parse({"prompt": "q", "chosen": "a", "rejected": "b", "finished": [False, True]})
+    assert pair.finished == (False, True)
+    single = parse({"prompt": "q", "completion": "a", "label": True, "finished": False})
+    assert single.finished == (False,)
+    unsaid = parse(listed | {"finished": None})
+    assert (unsaid.finished, unsaid.ends) == (None, (True, True, True))
+
+
+def test_picking_responses_takes_along_what_is_known_of_each():
+    row = Comparison(
+        "q",
+        ("a", "b", "c"),
+        rank=(1, 2, None),
+        scores=(3.0, 2.0, 1.0),
+        label=(True, False, True),
+        ensemble=((1.0,), (2.0,), (3.0,)),
+        finished=(True, False, True),
+        extra={"kept": 1},
+        id="x",
+    )
+    assert row.picked((2, 1)) == Comparison(
+        "q",
+        ("c", "b"),
+        rank=(None, 2),
+        scores=(1.0, 2.0),
+        label=(True, False),
+        ensemble=((3.0,), (2.0,)),
+        finished=(True, False),
+        extra={"kept": 1},
+        id="x",
+    )
+    assert Comparison("q", ("a", "b")).picked((1, 0)) == Comparison("q", ("b", "a"))
 
 
 def test_a_chat_prompt_stays_messages_and_null_keys_of_a_message_go():
@@ -182,6 +221,9 @@ BAD = [
     ({"responses": ["a", "b"]}, "missing prompt; found responses"),
     ({"question": "q", "answer_a": "x", "answer_b": "y"}, "prompt=question responses=answer_a,"),
     ({"promt": "q", "chosen": 1, "reject": "b"}, "missing rejected.*rejected=reject"),
+    (GOOD | {"finished": [True]}, "finished has 1 entries for 2 responses"),
+    (GOOD | {"finished": [True, 1]}, "finished holds the number 1; it must be true or false"),
+    (PAIR | {"finished": True}, "finished is the boolean true; it must be a list"),
     (GOOD | {"ensemble": [1.0, 2.0]}, "ensemble is .*; it must be a list a response"),
     (GOOD | {"ensemble": [[1.0], [1.0, 2.0]]}, "ensemble has 1 and 2 numbers for responses of"),
     (GOOD | {"ensemble": [[1.0]]}, "ensemble has 1 entries for 2 responses"),

@@ -72,6 +72,15 @@ def test_plain_text_is_prompt_then_responses_each_with_eos():
     assert report == Report(rows=1)
 
 
+def test_a_response_that_was_cut_is_followed_by_nothing():
+    tokenizer = byte_level()
+    made = row(responses=("c", "de", "f"), finished=(False, True, False))
+    (tokens,), _ = tokenize([made], tokenizer)
+    assert texts(tokenizer, tokens) == ("ab", ["c", "de</s>", "f"])
+    (chat,), _ = tokenize([made], byte_level(template=CHAT))
+    assert [ids[-1] == END for ids in chat.responses] == [False, True, False]
+
+
 def test_everything_else_of_a_row_is_carried_and_null_ranks_become_zero():
     made = row(
         responses=("c", "d", "e"),

@@ -1,5 +1,7 @@
 """A model as judge: asked in both orders, read strictly, never trusted with what it did not say."""
 
+from dataclasses import replace
+
 import pytest
 from loopback import completion, scripted
 
@@ -102,6 +104,13 @@ def test_a_judge_ranks_what_it_prefers_whatever_the_order(tmp_path):
     assert {row.annotator for row in found} == {"judge:the-model"}
     assert found[0].extra["judge_votes"] == [[0, 1, "second", "second"]]
     assert read_json(tmp_path / "judge.json")["decided"] == 3
+
+
+def test_a_judged_row_still_says_which_answer_was_cut(tmp_path):
+    rows = [replace(ROWS[0], finished=(True, False))]
+    with server(good) as (url, _), connect(Server(url=url)) as connection:
+        list(judge_rows(rows, tmp_path, Judge(connection)))
+    assert next(read_jsonl(tmp_path / "judged.jsonl"))["finished"] == [True, False]
 
 
 def test_a_judge_that_looks_at_places_decides_nothing(tmp_path):

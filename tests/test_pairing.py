@@ -102,12 +102,17 @@ def test_a_first_round_pairs_each_candidate_once():
 
 def test_paired_rows_carry_what_belongs_to_their_two_responses():
     row = Comparison(
-        "p", ("a", "b", "c"), scores=(0.0, 2.0, 1.0), id="r", ensemble=((0.0,), (2.0,), (1.0,))
+        "p",
+        ("a", "b", "c"),
+        scores=(0.0, 2.0, 1.0),
+        id="r",
+        ensemble=((0.0,), (2.0,), (1.0,)),
+        finished=(False, True, True),
     )
     assert row.scores is not None
     pair = paired(row, best_worst(row.scores))
-    assert [(p.responses, p.rank, p.scores, p.ensemble, p.id) for p in pair] == [
-        (("b", "a"), (1, 2), (2.0, 0.0), ((2.0,), (0.0,)), "r#2-1")
+    assert [(p.responses, p.rank, p.scores, p.ensemble, p.finished, p.id) for p in pair] == [
+        (("b", "a"), (1, 2), (2.0, 0.0), ((2.0,), (0.0,)), (True, False), "r#2-1")
     ]
 
 

@@ -1,6 +1,7 @@
 """Reward models end to end: engine, trainer, ensembles, files, resuming; a real encoder."""
 
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -141,6 +142,16 @@ def test_a_causal_model_learns_what_is_planted_and_is_read_back(tmp_path, model_
         assert row.scores is not None
         assert row.scores[0] > row.scores[1]
         assert row.ensemble is None  # of one
+
+
+def test_a_reward_is_read_at_the_end_of_a_turn_also_of_a_cut_answer(tmp_path, model_folder):
+    backbone = causal(model_folder)
+    cut = [replace(row, finished=(False, True)) for row in planted(4)]
+    for name, rows in (("whole", planted(4)), ("cut", cut)):
+        (tmp_path / name).mkdir()
+        backbone.train(rows, [], tmp_path / name, seed=0)
+    whole, same = (load_file(tmp_path / name / "head.safetensors") for name in ("whole", "cut"))
+    assert torch.equal(whole["weight"], same["weight"])
 
 
 def test_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, model_folder):

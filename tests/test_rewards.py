@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -332,6 +333,23 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio():
     assert flat(found) == pytest.approx(expected, abs=1e-4)
     one_by_one = scores(Implicit(policy, 0.5, rows=1))
     assert flat(one_by_one) == pytest.approx(flat(found), abs=1e-5)
+
+
+def test_the_implicit_reward_of_a_cut_response_has_no_end():
+    policy = adapter_policy()
+    (row,) = ROWS[:1]
+    whole, cut = (
+        score([replace(row, finished=ends)], Implicit(policy, 1.0))[0].scores
+        for ends in (None, (False, True))
+    )
+    tokens = tiny.tokenizer()("w1 w2 w3 w4 w5", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        above = policy.model(tokens).logits[0, -1].log_softmax(-1)[tiny.EOS]
+        with policy.reference() as reference:
+            below = reference(tokens).logits[0, -1].log_softmax(-1)[tiny.EOS]
+    assert whole[0] - cut[0] == pytest.approx(float(above - below), abs=1e-4)
+    assert whole[1] == pytest.approx(cut[1], abs=1e-5)
+    assert abs(whole[0] - cut[0]) > 0.01
 
 
 def test_the_reference_of_an_implicit_reward_can_be_another_policy():

@@ -180,6 +180,7 @@ def _shape(verdict: "Verdict") -> Iterator[tuple[str, str]]:
     yield "identical responses", _rows(shape.identical, verdict)
     yield "empty responses", _rows(shape.empty, verdict)
     yield "responses that repeat the prompt", _rows(shape.repeats_prompt, verdict)
+    yield "responses that were cut", _rows(shape.cut, verdict)
 
 
 def _agreement(verdict: "Verdict") -> Iterator[tuple[str, str]]:

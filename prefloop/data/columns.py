@@ -21,6 +21,7 @@ NAMES = (
     "scores",
     "ensemble",
     "label",
+    "finished",
     "chosen",
     "rejected",
     "completion",
@@ -30,7 +31,7 @@ NAMES = (
 )
 """Columns that mean something; every other column is carried along in `Comparison.extra`."""
 
-LISTS = frozenset({"responses", "rank", "scores", "ensemble", "label"})
+LISTS = frozenset({"responses", "rank", "scores", "ensemble", "label", "finished"})
 
 OTHER_NAMES = {
     "prompt": ("instruction", "question", "query", "input", "context"),

@@ -81,7 +81,7 @@ def unpair(comparisons: Iterable[Comparison]) -> list[Comparison]:
         ends = (min(judged), max(judged))
         kept = [at for at, place in enumerate(row.rank) if place in ends]
         label = tuple(row.rank[at] == ends[0] for at in kept)
-        found.append(replace(_only(row, kept), rank=None, label=label))
+        found.append(replace(row.picked(kept), rank=None, label=label))
     return found
 
 
@@ -129,21 +129,7 @@ def _pairs(row: Comparison, pairs: Sequence[tuple[int, int]]) -> Iterator[Compar
         first, second = sorted((better, worse))
         rank = (1, 2) if better < worse else (2, 1)
         name = row.id if len(row.responses) == 2 else f"{row.id}#{first + 1}-{second + 1}"
-        yield replace(_only(row, (first, second)), rank=rank, id=name)
-
-
-def _only(row: Comparison, kept: Sequence[int]) -> Comparison:
-    """`row` with the responses at the positions `kept`, in that order."""
-    if len(kept) == len(row.responses):
-        return row
-    return replace(
-        row,
-        responses=tuple(row.responses[at] for at in kept),
-        rank=None if row.rank is None else tuple(row.rank[at] for at in kept),
-        scores=None if row.scores is None else tuple(row.scores[at] for at in kept),
-        label=None if row.label is None else tuple(row.label[at] for at in kept),
-        ensemble=None if row.ensemble is None else tuple(row.ensemble[at] for at in kept),
-    )
+        yield replace(row.picked((first, second)), rank=rank, id=name)
 
 
 def _merged(rows: Sequence[Comparison]) -> Comparison | None:
@@ -154,6 +140,9 @@ def _merged(rows: Sequence[Comparison]) -> Comparison | None:
     label = _agreed([(row.responses, row.label) for row in rows], responses)
     rank = None if first.rank is None else _joint_rank(rows, responses)
     ensemble = _agreed([(row.responses, row.ensemble) for row in rows], responses)
+    ends = _agreed([(row.responses, row.ends) for row in rows], responses)
+    if ends is None:  # one text is an answer in one row and the start of one in another
+        return None
     for merged, before in ((scores, first.scores), (label, first.label), (rank, first.rank)):
         if merged is None and before is not None:
             return None
@@ -170,6 +159,7 @@ def _merged(rows: Sequence[Comparison]) -> Comparison | None:
         label=label,
         extra=dict(same),
         ensemble=ensemble,
+        finished=None if all(ends) else ends,
     )
 
 

@@ -145,6 +145,7 @@ def as_row(comparison: Comparison) -> dict[str, Any]:
         "id": comparison.id,
         "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
         "responses": list(comparison.responses),
+        "finished": comparison.finished,
         "rank": comparison.rank,
         "scores": comparison.scores,
         "ensemble": comparison.ensemble,

@@ -22,6 +22,7 @@ class _Form(NamedTuple):
     responses: tuple[str, ...]
     rank: tuple[int | None, ...] | None = None
     label: tuple[bool, ...] | None = None
+    finished: tuple[bool, ...] | None = None
 
 
 def comparison(row: Mapping[str, Any], columns: Columns, place: str, made_id: str) -> Comparison:
@@ -37,7 +38,7 @@ def comparison(row: Mapping[str, Any], columns: Columns, place: str, made_id: st
         UserError: names the place, what is wrong with the value found, and what is allowed.
     """
     row = renamed(row, columns, place) if columns else row
-    prompt, responses, rank, label = _form(row, place)
+    prompt, responses, rank, label, finished = _form(row, place)
     return Comparison(
         prompt,
         responses,
@@ -46,6 +47,7 @@ def comparison(row: Mapping[str, Any], columns: Columns, place: str, made_id: st
         label,
         extra=_extra(row),
         ensemble=_ensemble(row.get("ensemble"), len(responses), place),
+        finished=finished,
         **_about(row, place, made_id),
     )
 
@@ -106,17 +108,20 @@ def _list(row: Mapping[str, Any], place: str) -> _Form:
             f"{place}: responses has {len(responses)} entries; a comparison needs 2 or more, or 1 "
             "with a label. Add responses, or drop the row"
         )
-    label = _labels(row["label"], len(responses), place) if labelled else None
+    label = _booleans(row.get("label"), "label", len(responses), place)
     rank = _ranks(row.get("rank"), len(responses), place)
-    return _Form(_prompt(row["prompt"], place), responses, rank, label)
+    finished = _booleans(row.get("finished"), "finished", len(responses), place)
+    return _Form(_prompt(row["prompt"], place), responses, rank, label, finished)
 
 
 def _single(row: Mapping[str, Any], place: str) -> _Form:
     _need(row, ["prompt", "label"], place)
     _refuse_beside(row, ["rank"], "completion", place)
     response = _response(row["completion"], "completion", place)
-    label = _labels([row["label"]], 1, place)
-    return _Form(_prompt(row["prompt"], place), (response,), label=label)
+    label = _booleans([row["label"]], "label", 1, place)
+    ended = row.get("finished")
+    finished = None if ended is None else _booleans([ended], "finished", 1, place)
+    return _Form(_prompt(row["prompt"], place), (response,), label=label, finished=finished)
 
 
 def _pair(row: Mapping[str, Any], place: str) -> _Form:
@@ -129,7 +134,8 @@ def _pair(row: Mapping[str, Any], place: str) -> _Form:
         chosen, rejected = (_text(row[name], name, place) for name in ("chosen", "rejected"))
         if prompt is None:
             prompt, chosen, rejected = cut_texts(chosen, rejected, place)
-    return _Form(prompt, (chosen, rejected), (1, 2))
+    finished = _booleans(row.get("finished"), "finished", 2, place)
+    return _Form(prompt, (chosen, rejected), (1, 2), finished=finished)
 
 
 def _pair_of_chats(
@@ -243,10 +249,12 @@ def _ensemble(value: Any, count: int, place: str) -> tuple[tuple[float, ...], ..
     return tuple(tuple(_number(score, "ensemble", place) for score in row) for row in rows)
 
 
-def _labels(value: Any, count: int, place: str) -> tuple[bool, ...]:
-    for label in _sized(value, "label", count, place):
-        if not isinstance(label, bool):
-            raise UserError(f"{place}: label holds {_shown(label)}; it must be true or false")
+def _booleans(value: Any, name: str, count: int, place: str) -> tuple[bool, ...] | None:
+    if value is None:
+        return None
+    for one in _sized(value, name, count, place):
+        if not isinstance(one, bool):
+            raise UserError(f"{place}: {name} holds {_shown(one)}; it must be true or false")
     return tuple(value)
 
 

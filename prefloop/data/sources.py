@@ -16,7 +16,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from prefloop.data.columns import Columns
+from prefloop.data.columns import LISTS, Columns
 from prefloop.types import UserError
 
 Refuse: TypeAlias = Callable[[UserError], None]
@@ -25,7 +25,7 @@ Refuse: TypeAlias = Callable[[UserError], None]
 BATCH = 1024  # rows of Parquet or Arrow held at a time
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(/[\w.-]+)?(:[^/]+)?")
 SPACE = re.compile(r"[ \n\r\t]*")
-DECODED = frozenset({"responses", "rank", "scores", "ensemble", "label", "weight"})
+DECODED = LISTS | {"weight"}
 """Columns whose cells hold JSON in a CSV file, which itself knows text only."""
 
 

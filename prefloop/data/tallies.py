@@ -37,6 +37,7 @@ class Shape:
         empty: rows with a response of no text, or of nothing but white space.
         repeats_prompt: rows with a response that begins with its plain-text prompt, which is what
             a whole text in place of a response looks like.
+        cut: rows with a response that did not finish.
     """
 
     prompts: int
@@ -50,6 +51,7 @@ class Shape:
     identical: int
     empty: int
     repeats_prompt: int
+    cut: int
 
 
 class Shapes:
@@ -77,6 +79,7 @@ class Shapes:
             "empty": has_empty(row),
             "repeats_prompt": isinstance(row.prompt, str)
             and any(response.startswith(row.prompt) for response in row.responses),
+            "cut": not all(row.ends),
         }
         self._counts.update({name: int(fact) for name, fact in facts.items()})
 
@@ -99,6 +102,7 @@ COUNTED = (
     "identical",
     "empty",
     "repeats_prompt",
+    "cut",
 )
 
 
@@ -137,7 +141,8 @@ class Agreements:
     def add(self, row: Comparison, prompt: int) -> None:
         """Count one row; `prompt` is the number of its prompt, in order of first appearance."""
         texts = [digest(text) for text in row.responses]
-        judgement = repr((prompt, row.rank, row.scores, row.label, row.annotator, row.weight))
+        judged = (row.rank, row.scores, row.label, row.ends, row.annotator, row.weight)
+        judgement = repr((prompt, *judged))
         whole = digest(judgement, *row.responses)
         self._duplicates += whole in self._rows
         self._rows.add(whole)

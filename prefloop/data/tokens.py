@@ -140,7 +140,7 @@ class Encoder:
             rank = comparison.rank
             yield Tokenized(
                 prompt=prompt,
-                responses=tuple((*responses[text], self.end) for text in comparison.responses),
+                responses=self.closed(comparison, responses),
                 rank=None if rank is None else tuple(place or 0 for place in rank),
                 scores=comparison.scores,
                 label=comparison.label,
@@ -150,6 +150,18 @@ class Encoder:
                 place=comparison.place,
                 ensemble=comparison.ensemble,
             )
+
+    def closed(
+        self, comparison: Comparison, ids: Mapping[str, tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], ...]:
+        """The token ids of the row's responses, the end token behind those that finished.
+
+        One without any token is its end token, finished or not: a model reads at least one.
+        """
+        return tuple(
+            (*ids[text], self.end) if ended or not ids[text] else ids[text]
+            for text, ended in zip(comparison.responses, comparison.ends, strict=True)
+        )
 
     def special_texts(self) -> list[str]:
         """How the special tokens are spelled."""

@@ -115,7 +115,11 @@ class PolicyLearner:
         draw = Draw(n=self.measured, settings=self.drawing, seed=10_000 + arm.seed)
         drawn = draw(policy, encoder(policy.tokenizer).prompts(prompts))
         answered = [
-            replace(prompt, responses=tuple(one.text for one in answers))
+            replace(
+                prompt,
+                responses=tuple(one.text for one in answers),
+                finished=tuple(one.finished for one in answers),
+            )
             for prompt, answers in zip(prompts, drawn, strict=True)
         ]
         scored = score(answered, self._label())

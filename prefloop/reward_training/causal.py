@@ -66,7 +66,7 @@ class CausalBackbone:
         """The rows that fit; what does not is dropped or refused, as `overlong` and `empty` say."""
         kept = [row for row in rows if self.empty is Empty.refuse or not has_empty(row)]
         tokenizer, context = self._reads
-        tokens, _ = tokenize(kept, tokenizer, self.max_length or context, self.overlong)
+        tokens, _ = tokenize(_closed(kept), tokenizer, self.max_length or context, self.overlong)
         fitting = {row.id for row in tokens}
         return [row for row in kept if row.id in fitting]
 
@@ -88,8 +88,8 @@ class CausalBackbone:
         scorer = RewardScorer(policy.scorer(None), head)
         settings = replace(self.settings, seed=self.settings.seed + seed, log_displacement=False)
         trainer = build_trainer(scorer, self.loss, None, settings, self.accelerator)
-        train, _ = tokenize(rows, policy.tokenizer)
-        held, _ = tokenize(held_out, policy.tokenizer)
+        train, _ = tokenize(_closed(rows), policy.tokenizer)
+        held, _ = tokenize(_closed(held_out), policy.tokenizer)
         metrics = fit(trainer, train, held, folder / "training", self.on_step)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -107,6 +107,11 @@ class CausalBackbone:
         )
         _freeze_unused(policy)
         return policy
+
+
+def _closed(rows: Sequence[Comparison]) -> list[Comparison]:
+    """The rows with every response closed: a reward is read at the end of a turn, cut or not."""
+    return [replace(row, finished=None) for row in rows]
 
 
 def _save(policy: Policy, scorer: RewardScorer, folder: Path) -> None:

@@ -166,11 +166,16 @@ class Implicit:
         self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
     ) -> list[tuple[float, ...]]:
         """beta times the log-ratio of each response, its end-of-turn token included."""
-        comparisons = [
-            Comparison(prompt=prompt, responses=tuple(texts), id=f"prompt {index + 1}")
-            for index, (prompt, texts) in enumerate(zip(prompts, responses, strict=True))
-        ]
-        tokenized = list(encoder(self.policy.tokenizer).encode(comparisons))
+        return self.of_rows(
+            [
+                Comparison(prompt=prompt, responses=tuple(texts), id=f"prompt {index + 1}")
+                for index, (prompt, texts) in enumerate(zip(prompts, responses, strict=True))
+            ]
+        )
+
+    def of_rows(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
+        """The same, without the end-of-turn token for responses that did not finish."""
+        tokenized = list(encoder(self.policy.tokenizer).encode(rows))
         return [row for batch in _chunks(tokenized, self.rows) for row in self._rewards(batch)]
 
     @torch.no_grad()

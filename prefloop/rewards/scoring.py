@@ -24,6 +24,15 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class RowReward(Reward, Protocol):
+    """A reward that reads more of a row than its texts: whether a response was cut."""
+
+    def of_rows(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
+        """One tuple a row, one number for each of its responses."""
+        ...
+
+
+@runtime_checkable
 class EnsembleReward(Reward, Protocol):
     """A reward made of what K models give."""
 
@@ -52,7 +61,9 @@ def score(comparisons: Sequence[Comparison], reward: Reward) -> list[Comparison]
         members = reward.members(prompts, responses)
         scored = [reward.combined(row) for row in members]
     else:
-        scored, members = reward(prompts, responses), [None] * len(comparisons)
+        by_row = isinstance(reward, RowReward)
+        scored = reward.of_rows(comparisons) if by_row else reward(prompts, responses)
+        members = [None] * len(comparisons)
     if len(scored) != len(comparisons):
         raise UserError(f"the reward scored {len(scored)} of {len(comparisons)} prompts")
     return [

@@ -1,0 +1,79 @@
+"""Answers in a file: what is kept of each, and that it is what the model gives the answer again."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from prefloop import data
+from prefloop.cli import main
+from prefloop.collecting import Draw, sample_to_file
+from prefloop.data import encoder
+from prefloop.labelling.store import Store
+from prefloop.labelling.tasks import tasks_of
+from prefloop.policies import Policy, Sampling
+from prefloop.scoring import WithLogps
+from prefloop.types import Comparison
+
+PROMPTS = [
+    Comparison(prompt=f"w{n} w{n + 20}", responses=(), id=f"p{n}", extra={"topic": n})
+    for n in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return Policy(tiny.llama(), tiny.tokenizer(chat=False), "tiny").with_frozen_copy()
+
+
+@pytest.fixture(scope="module")
+def rows(policy, tmp_path_factory) -> list[Comparison]:
+    """Answers of up to 8 tokens, as drawn at temperature 1 without a warp."""
+    out: Path = tmp_path_factory.mktemp("answers")
+    draw = Draw(n=8, settings=Sampling(max_new_tokens=8), seed=3)
+    sample_to_file(policy, PROMPTS, out, draw)
+    return data.read(out / "responses.jsonl")
+
+
+def test_a_row_says_how_each_answer_was_drawn(rows):
+    assert [row.extra["topic"] for row in rows] == [*range(6)]
+    for row in rows:
+        assert row.finished is not None
+        assert {len(row.extra[name]) for name in ("sampler", "tokens", "drawn_logps")} == {8}
+        assert all(
+            ended or count == 8
+            for ended, count in zip(row.finished, row.extra["tokens"], strict=True)
+        )
+
+
+def test_what_was_cut_is_known_at_every_later_stage(rows, tmp_path):
+    source, cut = tmp_path / "responses.jsonl", {row.id: row.finished for row in rows}
+    data.write(source, rows)
+    assert (
+        main(["score", "--data", str(source), "--reward", "brevity", "--out", f"{tmp_path}/s"]) == 0
+    )
+    select = ["--data", f"{tmp_path}/s/scored.jsonl", "--rule", "PVar()"]
+    assert main(["select", *select, "--out", f"{tmp_path}/k"]) == 0
+    for stage in ("s/scored.jsonl", "k/selected.jsonl"):
+        assert {row.id: row.finished for row in data.read(tmp_path / stage)} == cut
+    base = Store(tmp_path / "labels.sqlite")
+    (task,) = tasks_of(rows[:1])
+    base.add([task])
+    base.judge(task.row.id, "Ada", task.ranks("Ada", (1, 2, 3)))
+    (labelled,) = base.comparisons()
+    base.close()
+    assert (labelled.finished, labelled.annotator) == (rows[0].finished, "Ada")
+
+
+def test_the_log_probabilities_of_the_draw_are_those_of_scoring_whole_and_cut(policy, rows):
+    coder = encoder(policy.tokenizer)
+    seen = {True: 0, False: 0}
+    for row, again in zip(rows, WithLogps(policy=policy)(rows), strict=True):
+        shown = [len(ids) for ids in coder.responses(row.responses)]
+        for place, ended in enumerate(row.ends):
+            if shown[place] + ended < row.extra["tokens"][place]:
+                continue  # it drew a special token, which its text does not show
+            drawn = row.extra["drawn_logps"][place]
+            assert again.extra["policy_logps"][place] == pytest.approx(drawn, abs=1e-4)
+            seen[ended] += 1
+    assert seen == {True: 7, False: 20}

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from prefloop.objectives import Objective
 from prefloop.settings import TrainSettings
-from prefloop.trainer.metrics import Totals, add_totals, batch_totals, means
+from prefloop.trainer.metrics import ROUNDING, Totals, add_totals, batch_totals, means
 from prefloop.trainer.plan import (
     batch_indices,
     derived_seed,
@@ -166,8 +166,15 @@ class Trainer:
             reference = self.reference(part).to(policy.token.device)
         judged = judgement(part, policy.token.device)
         losses = self.objective.per_comparison(policy, reference, judged)
-        totals = batch_totals(self.objective, policy, reference, judged, losses)
+        totals = batch_totals(self.objective, policy, reference, judged, losses, self.rounding())
         return losses * judged.weight.to(losses.dtype), totals
+
+    def rounding(self) -> float:
+        """What rounding does to a log-probability, for the coarsest type that is computed in."""
+        precise = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        autocast = precise.get(self.accelerator.mixed_precision)
+        types = {p.dtype for p in self.scorer.parameters()} | ({autocast} if autocast else set())
+        return max(ROUNDING.get(kind, 0.0) for kind in types)
 
     def _refuse_non_finite(
         self, loss: float, norm: float, batch: Sequence[Tokenized], number: int

@@ -13,7 +13,7 @@ test: $(VENV)/.test
 	scripts/check
 
 test-slow: $(VENV)/.test
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow --durations=10
 
 # torch first and pinned: unpinned, some platforms take gigabytes of CUDA.
 $(VENV)/.base: constraints.txt

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prefloop.errors import UserError
+from prefloop.expression import parse
+from prefloop.orders import ORDERS, Order
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -30,6 +32,8 @@ class TrainSettings:
         save_every: optimizer steps between checkpoints; 0 means ten a run.
         log_displacement: score the reference even for an objective that needs none, so that the
             log says whether training displaces probability.
+        order: of the rows in an epoch, as text: Shuffled(), or AsGiven() for data that were sorted
+            on purpose.
         seed: order of the data, dropout.
     """
 
@@ -48,6 +52,7 @@ class TrainSettings:
     eval_every: int = 0
     save_every: int = 0
     log_displacement: bool = True
+    order: str = "Shuffled()"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +63,12 @@ class TrainSettings:
             _refuse(name, getattr(self, name), getattr(self, name) >= 0, "must not be negative")
         for name in ("warmup", "beta1", "beta2"):
             _refuse(name, getattr(self, name), 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        parse(self.order, ORDERS)
+
+    @property
+    def ordering(self) -> Order:
+        """The object that `order` names."""
+        return parse(self.order, ORDERS)
 
     def learning_rate(self, step: int, total: int) -> float:
         """Learning rate of optimizer step `step` (the first is 0) of `total`."""

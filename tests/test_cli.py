@@ -109,6 +109,26 @@ def test_the_loop_runs_from_prompts_to_a_report(model, tmp_path, capsys):
     assert "next: prefloop" in capsys.readouterr().out
 
 
+def test_training_sees_rows_sorted_by_a_column_as_a_curriculum(model, tmp_path, capsys):
+    rows = list(read_jsonl(comparisons(tmp_path / "data.jsonl")))
+    places = [(5 * n) % 12 for n in range(12)]
+    write_jsonl(
+        tmp_path / "places.jsonl",
+        ({**row, "place": at} for row, at in zip(rows, places, strict=True)),
+    )
+    in_turn = sorted(range(12), key=places.__getitem__)
+    write_jsonl(tmp_path / "sorted.jsonl", (rows[at] for at in in_turn))
+    as_given = ["--held-out-share", "0", "--order", "AsGiven()"]
+    by_place = [*as_given, "--sort", "place"]
+    assert train(model, tmp_path / "sorted.jsonl", tmp_path / "a", *as_given) == 0
+    assert train(model, tmp_path / "places.jsonl", tmp_path / "b", *by_place) == 0
+    assert train(model, tmp_path / "places.jsonl", tmp_path / "c", *as_given) == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "b"), weights(tmp_path / "c"))
+    assert train(model, tmp_path / "places.jsonl", tmp_path / "d", "--sort", "place") == 2
+    assert 'add --order "AsGiven()"' in capsys.readouterr().err
+
+
 def test_a_run_is_replayed_from_its_config(model, tmp_path):
     data = comparisons(tmp_path / "data.jsonl")
     assert train(model, data, tmp_path / "first", "--objective", "IPO(beta=0.2)") == 0

@@ -12,6 +12,7 @@ from prefloop.data import (
     group,
     ordered,
     rank_from_scores,
+    sorted_by,
     split,
     to_pairs,
     unpair,
@@ -230,6 +231,19 @@ def test_the_rows_of_both_parts_keep_their_order():
     numbered = [replace(made, id=f"{number:02}") for number, made in enumerate(ROWS)]
     for part in split(numbered, 0.25, seed=0):
         assert [made.id for made in part] == sorted(made.id for made in part)
+
+
+def test_rows_are_sorted_by_a_column_of_numbers_and_unselected_ones_come_last():
+    def made(name: str, weight: float = 1.0, **extra) -> Comparison:
+        return row("ab", (1, 2), weight=weight, id=name, extra=extra)
+
+    rows = [made("out", 0.0), made("c", place=3), made("a", place=-1.5), made("d", place=3)]
+    assert [one.id for one in sorted_by(rows, "place")] == ["a", "c", "d", "out"]
+    with pytest.raises(UserError, match=r"comparison 'x': there is no column 'place'.*it has loss"):
+        sorted_by([*rows, made("x", loss=1.0)], "place")
+    for bad in ("1", None, float("nan"), True):
+        with pytest.raises(UserError, match="rows are sorted by finite numbers"):
+            sorted_by([made("x", place=bad)], "place")
 
 
 def test_annotators_can_be_held_out_instead():

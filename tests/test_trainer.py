@@ -1,6 +1,7 @@
 """The loop: one update for any cut of the batch; nothing is lost, nothing moves on a bad number."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -175,6 +176,17 @@ def test_every_comparison_is_seen_once_an_epoch_in_an_order_that_follows_from_th
     assert seen == [batch_indices(13, 4, step, seed=7) for step in range(4)]
     assert seen != [batch_indices(13, 4, step, seed=8) for step in range(4)]
     assert seen != [batch_indices(13, 4, step + 4, seed=7) for step in range(4)]
+
+
+def test_rows_may_be_seen_in_the_order_of_the_data_epoch_by_epoch():
+    settings = TrainSettings(batch_size=4, order="AsGiven()", seed=7)
+    data = rows(10)
+    seen = [[row.id for row in global_batch(data, settings, step)] for step in range(6)]
+    ids = [row.id for row in data]
+    assert seen == 2 * [ids[:4], ids[4:8], ids[8:]]
+    assert rows_seen(10, replace(settings, max_steps=2)) == list(range(8))
+    with pytest.raises(UserError, match="there is no 'Sorted'"):
+        TrainSettings(order="Sorted()")
 
 
 def test_all_processes_get_equally_many_passes_and_no_row_is_lost():

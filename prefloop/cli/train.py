@@ -48,6 +48,9 @@ class Train:
     """Comparisons to evaluate on, never trained on."""
     held_out_share: float = 0.1
     """Share of the prompts of --data to hold out where --held-out is not given; 0 holds none."""
+    sort: str = ""
+    """Column of numbers by which the rows are sorted, smallest first, such as place or
+    validation_loss; with --order "AsGiven()" training sees them so, as a curriculum."""
     pairs: Literal["best-worst", "all"] = "best-worst"
     """Which responses are ordered where a row has scores only."""
     lora_rank: int = 16
@@ -84,6 +87,7 @@ class Train:
         from prefloop.trainer.loop import total_steps
         from prefloop.training import Training, carry_selection
 
+        self._refuse_unsorted()
         objective, gradient = self._minimised()
         accelerator = accelerator_for(self.trackers, self.out, self.precision)
         policy = self._policy(accelerator.device)
@@ -156,6 +160,17 @@ class Train:
         self._refuse_unread()
         return objective, backward
 
+    def _refuse_unsorted(self) -> None:
+        """Where every epoch is shuffled, sorted rows are of no use."""
+        from prefloop.errors import UserError
+        from prefloop.orders import AsGiven
+
+        if self.sort and not isinstance(self.loop.ordering, AsGiven):
+            raise UserError(
+                f"--sort {self.sort} is of no use where every epoch has an order of its own "
+                f'(--order {self.loop.order}); add --order "AsGiven()"'
+            )
+
     def _refuse_unread(self) -> None:
         """Without a solver nobody reads its settings."""
         from prefloop.errors import UserError
@@ -213,7 +228,8 @@ class Train:
 
         columns = data.parse_columns(self.columns)
         share, seed = self.held_out_share, self.loop.seed
-        return data.read_divided(self.data, self.held_out, share, seed, columns)
+        given, aside = data.read_divided(self.data, self.held_out, share, seed, columns)
+        return (data.sorted_by(given, self.sort) if self.sort else given), aside
 
     def _rows(
         self,

@@ -14,6 +14,7 @@ from prefloop.data.convert import (
 from prefloop.data.files import as_row, iterate, read, read_prompts, unique, write
 from prefloop.data.held_out import read_divided, split
 from prefloop.data.keys import as_text, prompt_key
+from prefloop.data.sorting import sorted_by
 from prefloop.data.tokens import (
     Empty,
     Encoder,
@@ -46,6 +47,7 @@ __all__ = [
     "read",
     "read_divided",
     "read_prompts",
+    "sorted_by",
     "split",
     "to_pairs",
     "tokenize",

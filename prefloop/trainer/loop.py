@@ -224,15 +224,16 @@ def rows_seen(rows: int, settings: TrainSettings) -> list[int]:
     total = total_steps(rows, settings)
     if total >= steps_per_epoch(rows, settings.batch_size):
         return list(range(rows))
-    order = batch_indices(rows, rows, 0, settings.seed)
-    return sorted(order[: total * settings.batch_size])
+    first = batch_indices(rows, rows, 0, settings.seed, settings.ordering)
+    return sorted(first[: total * settings.batch_size])
 
 
 def global_batch(
     rows: Sequence[Tokenized], settings: TrainSettings, number: int
 ) -> list[Tokenized]:
     """The comparisons of optimizer step `number` (the first is 0)."""
-    return [rows[i] for i in batch_indices(len(rows), settings.batch_size, number, settings.seed)]
+    size, seed = settings.batch_size, settings.seed
+    return [rows[i] for i in batch_indices(len(rows), size, number, seed, settings.ordering)]
 
 
 class seeded:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from prefloop.settings import TrainSettings
-from prefloop.trainer.plan import batch_indices, forward_passes, steps_per_epoch, tokens
+from prefloop.trainer.loop import global_batch
+from prefloop.trainer.plan import forward_passes, steps_per_epoch, tokens
 from prefloop.types import Tokenized, UserError, score
 
 PROBE_TOKENS = 64
@@ -110,8 +111,7 @@ def _largest_pass(rows: Sequence[Tokenized], settings: TrainSettings, processes:
     """Tokens of the largest forward pass that is likely: of the first steps, or the longest row."""
     largest = max(map(tokens, rows))
     for step in range(min(PROBE_STEPS, steps_per_epoch(len(rows), settings.batch_size))):
-        indices = batch_indices(len(rows), settings.batch_size, step, settings.seed)
-        batch = [rows[index] for index in indices]
+        batch = global_batch(rows, settings, step)
         for share in forward_passes(batch, processes, settings.token_budget):
             largest = max(largest, *(sum(map(tokens, part)) for part in share))
     return largest

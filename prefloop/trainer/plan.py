@@ -1,7 +1,7 @@
 """Which comparisons an optimizer step sees, on which process, in which forward passes.
 
-Nothing here has a state: the order of an epoch follows from (seed, epoch), so a resumed run needs
-to know its step only.
+Nothing here has a state: the order of an epoch follows from an `Order` and (seed, epoch), so a
+resumed run needs to know its step only.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from prefloop.logps.layout import buckets
+from prefloop.orders import Order, Shuffled
 from prefloop.types import Tokenized
+
+SHUFFLED = Shuffled()
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -17,11 +20,16 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size)
 
 
-def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+def batch_indices(
+    rows: int, batch_size: int, step: int, seed: int, order: Order = SHUFFLED
+) -> list[int]:
     """Row numbers of the global batch of optimizer step `step`."""
     epoch, within = divmod(step, steps_per_epoch(rows, batch_size))
-    order = torch.randperm(rows, generator=generator(seed, epoch)).tolist()
-    return order[within * batch_size : (within + 1) * batch_size]
+
+    def shuffled() -> list[int]:
+        return torch.randperm(rows, generator=generator(seed, epoch)).tolist()
+
+    return list(order(rows, shuffled)[within * batch_size : (within + 1) * batch_size])
 
 
 def generator(*key: int) -> torch.Generator:

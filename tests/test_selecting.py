@@ -27,10 +27,12 @@ from prefloop.selection import (
     LargestImplicitGap,
     Length,
     Ordered,
+    Purse,
     PVar,
     Quota,
     Random,
     RewardGap,
+    k_centres,
     overlap,
     rank_weights,
     ranking,
@@ -144,6 +146,11 @@ def test_no_budget_and_no_quota_is_ever_overspent(seed, budget, most):
     spent = cost[found.places]
     assert spent.sum() <= budget
     assert (torch.bincount(group[found.places], spent.double(), minlength=3) <= most).all()
+    points = torch.randn(40, 3, generator=rng)
+    apart = k_centres(points, 40, Purse(cost, budget, [Quota(group, float(most))]))
+    assert cost[apart].sum() <= budget
+    assert (torch.bincount(group[apart], cost[apart].double(), minlength=3) <= most).all()
+    assert len(apart.unique()) == len(apart)
     free = within_quotas(order, cost, budget, [Quota(torch.zeros_like(group), math.inf)])
     assert free.places.tolist() == order[cost[order].cumsum(0) <= budget].tolist()
 
@@ -190,6 +197,19 @@ def test_spread_keeps_what_lies_apart_among_the_most_wanted(tmp_path):
     assert selected(tmp_path, rows, name="moved", budget=2, spread=2.0) == ["r1", "r5"]
     why = read_json(tmp_path / "moved/selection.json")["why"]
     assert why["left out: nearer to a kept prompt than others are"] == 2
+
+
+def test_spread_and_quotas_hold_together(tmp_path):
+    # r1 first; r5 is opposite but of r1's topic b, which is full; of topic a r2 is farther than r4
+    where = [[0, 1], [1, 0], [1, 0.01], [0, -1], [1, 0], [-1, 0]]
+    rows = [one | {"embedding": vector} for one, vector in zip(ROWS, where, strict=True)]
+    assert selected(tmp_path, rows, name="free", budget=2, spread=2.0) == ["r1", "r5"]
+    one_each = (QuotaOf(column="topic", most=1.0),)
+    assert selected(tmp_path, rows, budget=2, spread=2.0, quotas=one_each) == ["r1", "r2"]
+    why = read_json(tmp_path / "s/selection.json")["why"]
+    assert why["left out: nearer to a kept prompt than others are"] == 2
+    # two of each topic are looked at, and four labels are two budgets: r0 and r3 are beyond them
+    assert why["left out: beyond the cut"] == 2
 
 
 def test_weights_keep_every_row_and_the_order_alone_decides(tmp_path):
@@ -404,11 +424,10 @@ MISTAKES = [
     ("--rule PredictiveEntropy()", r"'policy_logps'.*prefloop score --policy MODEL"),
     ("--rule LearningOrder()", r"'validation_loss'.*prefloop score --learning-order"),
     ("--rule DIDEntropy()", r"'policy_logps'"),
-    ("--spread 2", r"'embedding'.*prefloop score --policy MODEL --hidden"),
+    ("--spread 2", r"'embedding'.*prefloop score --encoder minilm"),
     ("--quota language=3", r"'language'.*name a column that the rows have"),
     ("--quota topic", r"quota 'topic': write it as COLUMN=LABELS"),
     ("--quota topic=0", r"must be positive"),
-    ("--spread 2 --quota topic=1", r"not combined"),
     ("--spread 0.5", r"spread must be 1 or more"),
     ("--as weights --budget 3", r"weights keep every prompt"),
     ("--also PVar(scale=2.0)", r"two rules are called PVar"),

@@ -112,16 +112,12 @@ def _taken(
     source: Path, rows: Tensor, order: Tensor, cut: Cut, found: Candidates
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates that are kept, kept out by a quota, and passed over for being near others."""
-    none = torch.empty(0, dtype=torch.long)
-    if cut.spread == 1:
-        taken = cut.take(order, found)
-        return taken.places, taken.refused, none
-    pool = cut.pool(order, found)
-    wanted = len(cut.take(order, found).places)
+    pool, refused = cut.pool(order, found)
+    if cut.spread == 1 or not len(pool):
+        return pool, refused, pool[:0]
     points = embeddings(source, rows[pool])
-    kept = cut.take(pool[k_centres(points, wanted)], found).places
-    nearer = pool[~torch.isin(pool, kept)]
-    return kept, none, nearer
+    kept = pool[k_centres(points, len(pool), cut.purse(found, pool))]
+    return kept, refused, pool[~torch.isin(pool, kept)]
 
 
 def embeddings(source: Path, rows: Int[Tensor, " C"]) -> Float[Tensor, "C D"]:

@@ -26,7 +26,7 @@ MADE_BY = {
     "tokens": "prefloop score --policy MODEL",
     "drawn_logps": "prefloop sample",
     "hidden_gram": "prefloop score --policy MODEL --hidden",
-    "embedding": "prefloop score --policy MODEL --hidden",
+    "embedding": "prefloop score --encoder minilm",
     "validation_loss": "prefloop score --learning-order MODEL",
 }
 """Column -> the command that writes it."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefloop.selection import (
     Kept,
+    Purse,
     Quota,
     affordable,
     rank_weights,
@@ -103,8 +104,6 @@ class Cut:
             raise UserError(f"budget must not be negative, got {self.budget}")
         if not 1 <= self.spread < float("inf"):
             raise UserError(f"spread must be 1 or more, got {self.spread}")
-        if self.spread > 1 and self.quotas:
-            raise UserError("spread and quotas are not combined: take one of them")
         if self.spread > 1 and self.keep == "above":
             raise UserError("spread needs a number to keep: use it with top or bottom")
 
@@ -132,21 +131,31 @@ class Cut:
             return order
         return order[: int((found.scores >= self.threshold).sum())]
 
-    def pool(self, order: Int[Tensor, " C"], found: Candidates) -> Int[Tensor, " C2"]:
-        """The most wanted that `spread` chooses from."""
-        limit = int(self.spread * self.limit(len(found.scores)))
-        return affordable(order, self.costs(found.responses), limit)
+    def pool(self, order: Int[Tensor, " C"], found: Candidates) -> Kept:
+        """What `spread` chooses from: down `order`, what so many budgets and quotas pay for."""
+        return self.take(order, found, times=self.spread)
 
-    def take(self, order: Int[Tensor, " C"], found: Candidates) -> Kept:
-        """Down `order`, what the budget and the quotas pay for."""
-        cost, limit = self.costs(found.responses), self.limit(len(found.scores))
+    def take(self, order: Int[Tensor, " C"], found: Candidates, times: float = 1.0) -> Kept:
+        """Down `order`, what the budget and the quotas, each `times` over, pay for."""
+        limit = self.limit(len(found.scores))
+        cost, whole = self.costs(found.responses), int(times * limit)
         if not self.quotas:
-            return Kept(affordable(order, cost, limit), torch.empty(0, dtype=torch.long))
-        quotas = [
+            return Kept(affordable(order, cost, whole), torch.empty(0, dtype=torch.long))
+        quotas = [Quota(quota.group, times * quota.most) for quota in self._quotas(found)]
+        return within_quotas(order, cost, whole, quotas)
+
+    def purse(self, found: Candidates, places: Int[Tensor, " C"]) -> Purse:
+        """What the budget and the quotas pay for, of the candidates at `places` only."""
+        cost, limit = self.costs(found.responses), self.limit(len(found.scores))
+        quotas = [Quota(quota.group[places], quota.most) for quota in self._quotas(found)]
+        return Purse(cost[places], limit, quotas)
+
+    def _quotas(self, found: Candidates) -> list[Quota]:
+        limit = self.limit(len(found.scores))
+        return [
             Quota(group, quota.most if quota.most >= 1 else quota.most * limit)
             for quota, group in zip(self.quotas, found.groups, strict=True)
         ]
-        return within_quotas(order, cost, limit, quotas)
 
     def kept(self, found: Candidates) -> Bool[Tensor, " P"]:
         """Which candidates are kept, without a spread: what another rule would have kept."""

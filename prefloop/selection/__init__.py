@@ -18,6 +18,7 @@ from prefloop.selection.filters import (
 )
 from prefloop.selection.keeping import (
     Kept,
+    Purse,
     Quota,
     above,
     affordable,
@@ -80,6 +81,7 @@ __all__ = [
     "PVar",
     "PredictiveEntropy",
     "PreferenceCertainty",
+    "Purse",
     "Quota",
     "Random",
     "ReferenceFreePotential",

@@ -4,11 +4,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from prefloop.selection.keeping import Purse
 from prefloop.types import UserError
 
 
-def k_centres(points: Float[Tensor, "P D"], count: int) -> Int[Tensor, " C"]:
-    """`count` points, each the farthest from those before it; the first is the first point.
+def k_centres(
+    points: Float[Tensor, "P D"], count: int, purse: Purse | None = None
+) -> Int[Tensor, " C"]:
+    """At most `count` points, each the farthest from those before it; the first is the first point.
 
     Greedy k-centre (farthest-first traversal): the largest distance of any point to its nearest
     centre is at most twice the smallest that `count` centres can reach. Distances are between
@@ -18,6 +21,8 @@ def k_centres(points: Float[Tensor, "P D"], count: int) -> Int[Tensor, " C"]:
     Args:
         points: an embedding a prompt, the most wanted prompt first.
         count: how many to take.
+        purse: pays for each point; what it cannot pay for is passed over, and where it pays for
+            nothing that is left, it ends. With quotas the bound above need not hold.
 
     References:
         Gonzalez 1985 (the bound); Sener and Savarese, arXiv 1708.00489 (as active learning).
@@ -28,10 +33,16 @@ def k_centres(points: Float[Tensor, "P D"], count: int) -> Int[Tensor, " C"]:
         raise UserError("an embedding holds NaN or infinity; score the rows again")
     direction = torch.nn.functional.normalize(points.float(), dim=-1)
     nearest = torch.full((len(points),), torch.inf)
-    taken = torch.empty(count, dtype=torch.long)
-    for step in range(count):
-        taken[step] = place = int(nearest.argmax()) if step else 0
+    taken: list[int] = []
+    for _ in range(count):
+        payable = nearest if purse is None else nearest.where(purse.payable(), -torch.inf)
+        place = int(payable.argmax())
+        if purse is not None:
+            if payable[place] == -torch.inf:
+                break
+            purse.pay(place)
+        taken.append(place)
         distance = (2 - 2 * direction @ direction[place]).clamp(min=0)
         nearest = torch.minimum(nearest, distance)
         nearest[place] = -torch.inf
-    return taken
+    return torch.tensor(taken, dtype=torch.long)

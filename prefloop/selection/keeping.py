@@ -84,6 +84,35 @@ def within_quotas(
     return Kept(torch.tensor(kept, dtype=torch.long), torch.tensor(refused, dtype=torch.long))
 
 
+class Purse:
+    """What a budget and quotas still pay for, while prompts are taken one at a time.
+
+    Args:
+        cost: of each prompt.
+        budget: for all of them together.
+        quotas: for each group of prompts.
+    """
+
+    def __init__(self, cost: Int[Tensor, " P"], budget: int, quotas: Sequence[Quota]) -> None:
+        self._cost = cost
+        self._left = budget
+        self._quotas = quotas
+        self._spent = [torch.zeros(int(quota.group.max()) + 1) for quota in quotas]
+
+    def pay(self, place: int) -> None:
+        """Take the prompt at `place`."""
+        self._left -= int(self._cost[place])
+        for quota, spent in zip(self._quotas, self._spent, strict=True):
+            spent[quota.group[place]] += self._cost[place]
+
+    def payable(self) -> Bool[Tensor, " P"]:
+        """Which prompts could be taken next."""
+        fine = self._cost <= self._left
+        for quota, spent in zip(self._quotas, self._spent, strict=True):
+            fine &= spent[quota.group] + self._cost <= quota.most
+        return fine
+
+
 def _one_by_one(
     order: Tensor, cost: Tensor, quotas: Sequence[Quota]
 ) -> Iterator[tuple[int, int, tuple[int, ...]]]:

@@ -43,6 +43,13 @@ class Column(Protocol):
     def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]: ...
 
 
+@runtime_checkable
+class ById(Protocol):
+    """A number a row, found by the row's id."""
+
+    def __getitem__(self, name: str, /) -> float: ...
+
+
 @dataclass(frozen=True, eq=False)
 class WithReward:
     """`scores` (and `ensemble`, of an ensemble) by a reward; earlier ones are replaced."""
@@ -171,11 +178,11 @@ class WithNumbers:
 
     Attributes:
         name: of the column.
-        numbers: id -> number.
+        numbers: number of the row of an id.
     """
 
     name: str
-    numbers: Mapping[str, float]
+    numbers: ById
 
     def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
         """The rows with their numbers."""

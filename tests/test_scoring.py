@@ -2,8 +2,11 @@
 
 import json
 import math
+import subprocess
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -14,7 +17,7 @@ from pyarrow import parquet
 
 from prefloop import scoring
 from prefloop.cli import main
-from prefloop.crossfit import CrossFit, _halves
+from prefloop.crossfit import CrossFit, drawn, first_half
 from prefloop.data import as_row, encoder, read
 from prefloop.data.blocks import Sizes
 from prefloop.logps import FullLogits, Scorer, hidden_sums, logps_and_hidden_sums
@@ -26,6 +29,7 @@ from prefloop.selection import CHES, OnlinePVar, PredictiveEntropy
 from prefloop.settings import TrainSettings
 from prefloop.shares import Worker
 from prefloop.trainer.build import accelerator_for
+from prefloop.training import Training
 from prefloop.types import Comparison, UserError, score
 
 
@@ -283,39 +287,143 @@ def crossfit(folder: str, tmp_path: Path, **more) -> CrossFit:
 def test_the_learning_order_never_looks_at_the_half_it_trained_on(folder, tmp_path, monkeypatch):
     rows = votes(12)
     trained, asked = [], []
-    fit = CrossFit._fit
 
-    def watched(self, seen, unseen, at):
-        trained.append({row.id for row in seen})
-        asked.append({row.id for row in unseen})
-        assert not {row.prompt for row in seen} & {row.prompt for row in unseen}
-        return fit(self, seen, unseen, at)
+    def trains(self, tokenized):
+        trained.append({row.id for row in tokenized})
+        return train(self, tokenized)
 
-    monkeypatch.setattr(CrossFit, "_fit", watched)
+    def asks(self, policy, tokenized, objective):
+        asked.append({row.id for row in tokenized})
+        return ask(self, policy, tokenized, objective)
+
+    train, ask = Training.__call__, CrossFit._losses
+    monkeypatch.setattr(Training, "__call__", trains)
+    monkeypatch.setattr(CrossFit, "_losses", asks)
     work = crossfit(folder, tmp_path, seeds=1)
-    losses = work(rows, tmp_path)
+    losses = work(lambda: rows, tmp_path)
     assert trained[0] == asked[1]
     assert trained[1] == asked[0]
-    assert trained[0] | trained[1] == {row.id for row in rows} == set(losses)
+    prompts = [{row.prompt for row in rows if row.id in half} for half in trained]
+    assert not prompts[0] & prompts[1]
+    assert trained[0] | trained[1] == {row.id for row in rows}
     # an untrained model has the loss log 2 everywhere; these learnt that the longer one loses
-    assert len(set(losses.values())) == 12
-    assert sum(losses.values()) / 12 < math.log(2) / 2
-    assert work(rows, tmp_path) == losses  # out of the files
+    found = [losses[row.id] for row in rows]
+    assert len(set(found)) == 12
+    assert sum(found) / 12 < math.log(2) / 2
+    assert [work(lambda: rows, tmp_path)[row.id] for row in rows] == found  # out of the files
     assert len(trained) == 2
 
 
-def test_halves_follow_from_the_seed_and_cover_everything():
-    first, second = _halves(votes(12), 1)
-    assert sorted(row.id for row in [*first, *second]) == sorted(row.id for row in votes(12))
-    assert _halves(votes(12), 1) == (first, second)
+def test_losses_are_of_their_rows_whatever_the_rounds_and_the_order(folder, tmp_path, monkeypatch):
+    rows = votes(12)
+    work = crossfit(folder, tmp_path, seeds=1)
+
+    def found(name: str, given: list[Comparison]) -> list[float]:
+        (tmp_path / name).mkdir()
+        losses = work(lambda: given, tmp_path / name)
+        return [losses[row.id] for row in rows]
+
+    whole = found("whole", rows)
+    monkeypatch.setattr("prefloop.crossfit.ROUND", 3)
+    assert found("rounds", rows) == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_model_may_be_fitted_on_some_of_its_half(folder, tmp_path, monkeypatch):
+    sizes = []
+
+    def trains(self, tokenized):
+        sizes.append(len(tokenized))
+        return train(self, tokenized)
+
+    train = Training.__call__
+    monkeypatch.setattr(Training, "__call__", trains)
+    losses = crossfit(folder, tmp_path, seeds=1, most=2)(lambda: votes(12), tmp_path)
+    assert sizes == [2, 2]
+    assert all(math.isfinite(losses[row.id]) for row in votes(12))
+    with pytest.raises(UserError, match="rows to fit on must be 0"):
+        crossfit(folder, tmp_path, most=-1)
+
+
+def test_the_learning_order_holds_few_rows_at_a_time(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("prefloop.crossfit.ROUND", 3)
+    alive: list[weakref.ref[Comparison]] = []
+    most = 0
+
+    def rows() -> Iterator[Comparison]:
+        nonlocal most
+        for row in votes(40):
+            fresh = replace(row)
+            alive[:] = [one for one in alive if one() is not None]
+            alive.append(weakref.ref(fresh))
+            most = max(most, len(alive))
+            del row
+            yield fresh
+            del fresh
+
+    losses = crossfit(folder, tmp_path, seeds=1, most=4)(rows, tmp_path)
+    assert math.isfinite(losses["v39"])
+    assert most <= 4 + 3 + 2  # to train on, to ask about, and the row in hand
+
+
+def test_halves_follow_from_the_seed_and_part_the_prompts_evenly():
+    prompt = torch.tensor([0, 3, 1, 0, 2, 3, 0])
+    first = first_half(prompt, 1)
+    assert len(prompt[first].unique()) == len(prompt[~first].unique()) == 2
+    assert not set(prompt[first].tolist()) & set(prompt[~first].tolist())
+    assert torch.equal(first_half(prompt, 1), first)
+    assert any(not torch.equal(first_half(prompt, seed), first) for seed in range(2, 9))
+    some = drawn(first, 1, seed=0)
+    assert some.sum() == 1
+    assert (some & ~first).sum() == 0
+    assert torch.equal(drawn(first, 0, seed=0), first)
 
 
 def test_what_has_no_validation_loss_is_refused(folder, tmp_path):
     work = crossfit(folder, tmp_path)
     tied = Comparison("w5", ("w6", "w7"), (1, 1), place="d.jsonl:3")
     with pytest.raises(UserError, match=r"d.jsonl:3: orders no two"):
-        work([*votes(4), tied], tmp_path)
+        work(lambda: [*votes(4), tied], tmp_path)
     with pytest.raises(UserError, match="two different prompts"):
-        work(votes(1), tmp_path)
+        work(lambda: votes(1), tmp_path)
+    twice = [*votes(3), replace(votes(1)[0], place="d.jsonl:9")]
+    with pytest.raises(UserError, match=r"d.jsonl:9: the id 'v0' is that of comparison 'v0' too"):
+        work(lambda: twice, tmp_path)
     with pytest.raises(UserError, match="seeds of the learning order"):
         crossfit(folder, tmp_path, seeds=0)
+
+
+GROWTH = """
+import resource, sys, torch
+from pathlib import Path
+from prefloop.rewards.rules import Brevity
+from prefloop.scoring import WithReward, score_file
+torch.set_num_threads(1)
+sizes = []
+for name in sys.argv[1:]:
+    out = Path(name).with_suffix(".out")
+    out.mkdir()
+    score_file(Path(name), out, [WithReward(Brevity())])
+    sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(sizes[1] - sizes[0])
+"""
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+    text = "word " * 2000
+
+    def file(name: str, count: int) -> Path:
+        rows = [{"prompt": text, "responses": ["a", "b c"]}] * count
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "jsonl":
+            write_jsonl(path, rows)
+        else:
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=500)
+        return path
+
+    # 8,000 rows are 80 MB of prompts, 2,000 already have every buffer at its size
+    names = [str(file("small", 2000)), str(file("large", 8000))]
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, *names], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 30_000, f"{done.stdout} KiB more for 6,000 rows"

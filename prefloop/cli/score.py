@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -37,9 +37,11 @@ class Score:
     """Writes embedding, for --spread: minilm, or a folder or name of a sentence encoder."""
     learning_order: str = ""
     """Writes validation_loss, for LearningOrder: the model that is trained on each half of the
-    data in turn, and scores the other. Holds the data in memory."""
+    data in turn, and scores the other. Memory holds what one model trains on."""
     fits: int = 3
     """With --learning-order: how often the halves are drawn anew; two trainings each."""
+    fit_rows: int = 0
+    """With --learning-order: rows that each model trains on, drawn from its half; 0 is all."""
     beta: float = 0.01
     """With --learning-order: of the DPO loss."""
     lora_rank: int = 16
@@ -118,7 +120,6 @@ class Score:
         from prefloop.scoring import WithNumbers
         from prefloop.trainer.build import accelerator_for
 
-        rows = data.read(self.data)
         fit = CrossFit(
             model=self.learning_order,
             adapter=Lora(rank=self.lora_rank) if self.lora_rank else None,
@@ -126,9 +127,10 @@ class Score:
             accelerator=accelerator_for((), self.out, "no"),
             beta=self.beta,
             seeds=self.fits,
+            most=self.fit_rows,
         )
         folder = self.out / "fits"
         folder.mkdir(exist_ok=True)
         with progress("fitting", 2 * self.fits) as step:
-            numbers: dict[str, Any] = fit(rows, folder, step)
+            numbers = fit(lambda: data.iterate(self.data), folder, step)
         return WithNumbers("validation_loss", numbers)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from prefloop.cli import main
 from prefloop.errors import UserError
 from prefloop.experiment import Arm, Grid, plan, summarise
 from prefloop.experiment.arms import EVERYTHING, NOTHING, RANDOM
-from prefloop.experiment.pools import Rewards, agreement, write_scored
+from prefloop.experiment.pools import Rewards, agreement, called, rewards_named, write_scored
 from prefloop.experiment.running import chosen
 from prefloop.experiment.table import page, text_table
 from prefloop.intervals import paired
@@ -51,9 +52,9 @@ def grid(**changes) -> Grid:
 def test_the_star_varies_one_thing_at_a_time_around_the_middle():
     arms = plan(grid(seeds=1))
     # DPO, for each of two schedules: nothing, everything, random, both ends of PVar (5), the gap,
-    # the other share (2), the other reward: 9. KTO, at the first schedule: the 5.
-    assert len(arms) == len(set(arms)) == 2 * 9 + 5
-    assert {one.objective for one in arms if one.equal == "epochs"} == {"DPO()"}
+    # the other share (2), the other reward: 9. KTO: the 5.
+    assert len(arms) == len(set(arms)) == 2 * (9 + 5)
+    assert {one.objective for one in arms if one.equal == "epochs"} == {"DPO()", "KTO()"}
     middle = ("PVar()", "top", "label", 0.5)
     for one in arms:
         if one.rule not in (EVERYTHING, NOTHING) and one.objective == "DPO()":
@@ -87,7 +88,7 @@ def scored_pool(folder: Path) -> list[Comparison]:
     ]
     data.write(folder / "pool.jsonl", rows)
     rewards = Rewards(
-        names=("label", "noisy"), encoder="", model="", noise=2.0, loop=TrainSettings()
+        which=("label", "noisy"), encoder="", model="", noise=2.0, loop=TrainSettings()
     )
     write_scored(rows, [], rewards, folder, seed=0)
     return rows
@@ -116,7 +117,7 @@ def test_a_noisy_copy_is_the_label_with_noise_of_the_size_asked_for(tmp_path):
         Comparison(f"w{n}", ("w1", "w2"), scores=(0.0, float(1 + n % 2)), id=str(n))
         for n in range(400)
     ]
-    rewards = Rewards(names=("noisy",), encoder="", model="", noise=0.5, loop=TrainSettings())
+    rewards = Rewards(which=("noisy",), encoder="", model="", noise=0.5, loop=TrainSettings())
     write_scored(rows, [], rewards, tmp_path, seed=1)
     noisy = data.read(tmp_path / "scored-noisy.jsonl")
     gap = [
@@ -132,7 +133,9 @@ def test_a_noisy_copy_is_the_label_with_noise_of_the_size_asked_for(tmp_path):
 
 def test_rewards_that_cannot_be_made_are_refused(tmp_path):
     def rewards(*names):
-        return Rewards(names=names, encoder="", model="", noise=1.0, loop=TrainSettings())
+        return Rewards(
+            which=rewards_named(names), encoder="", model="", noise=1.0, loop=TrainSettings()
+        )
 
     with pytest.raises(UserError, match="rewards holds 'oracle'; it knows label, noisy"):
         rewards("oracle")
@@ -141,6 +144,33 @@ def test_rewards_that_cannot_be_made_are_refused(tmp_path):
     ranked = [Comparison("w1", ("w2", "w3"), rank=(1, 2), id="1")]
     with pytest.raises(UserError, match="these rows have ranks only"):
         write_scored(ranked, [], rewards("label"), tmp_path, seed=0)
+
+
+def test_rewards_may_be_read_from_a_scored_file_by_id(tmp_path):
+    rows = [Comparison(f"w{n}", ("w1", "w2"), rank=(1, 2), id=f"v{n}") for n in range(3)]
+    told = [replace(row, scores=(float(n), 0.5)) for n, row in enumerate(rows)]
+    (tmp_path / "head").mkdir()
+    data.write(tmp_path / "head/scored.jsonl", reversed(told))
+    path = tmp_path / "head/scored.jsonl"
+    which = rewards_named([f'Scored(path="{path}")', f'Scored(path="{path}", name="big")'])
+    assert [called(one) for one in which] == ["head", "big"]
+    rewards = Rewards(which=which, encoder="", model="", noise=1.0, loop=TrainSettings())
+    write_scored(rows[1:], [], rewards, tmp_path, seed=0)
+    for name in ("head", "big"):
+        found = data.read(tmp_path / f"scored-{name}.jsonl")
+        assert [(row.id, row.scores, row.rank) for row in found] == [
+            ("v1", (1.0, 0.5), None),
+            ("v2", (2.0, 0.5), None),
+        ]
+    with pytest.raises(UserError, match=r"scored.jsonl: has no row of the id 'v7'"):
+        which[0].of([replace(rows[0], id="v7")])
+    with pytest.raises(UserError, match="has other responses for 'v0'"):
+        which[0].of([replace(rows[0], responses=("w1", "w3"))])
+    data.write(tmp_path / "head/scored.jsonl", rows)
+    with pytest.raises(UserError, match="has no scores for 'v0'"):
+        which[0].of(rows)
+    with pytest.raises(UserError, match="two rewards are called 'label'"):
+        rewards_named(["label", 'Scored(path="x", name="label")'])
 
 
 # The table

@@ -34,7 +34,9 @@ class Experiment:
     rules: tuple[str, ...] = ("PVar()", "RewardGap()")
     """Rules that choose; the first also from the bottom. Random and the full data are added."""
     rewards: tuple[str, ...] = ("encoder",)
-    """Rewards that rules read: label, noisy, encoder, length, causal; the first is the middle."""
+    """Rewards that rules read: label, noisy, encoder, length, causal, or the scores that
+    `prefloop score` wrote, Scored(path="RUN/scored.jsonl", name="NAME"). The first is the
+    middle."""
     shares: tuple[float, ...] = (0.25, 0.1, 0.5)
     """Shares of the prompts that are labelled; the first is the middle."""
     objectives: tuple[str, ...] = ()
@@ -77,12 +79,13 @@ class Experiment:
         from prefloop.cli import settings
         from prefloop.cli.console import progress
         from prefloop.experiment import Grid, SelectionExperiment, plan
+        from prefloop.experiment.pools import called, rewards_named
         from prefloop.experiment.table import text_table
         from prefloop.runs import start_run, write_text
 
         grid = Grid(
             rules=self.rules,
-            rewards=self.rewards,
+            rewards=tuple(map(called, rewards_named(self.rewards))),
             shares=self.shares,
             objectives=self._objectives(),
             equals=self.equals if self.model else ("epochs",),
@@ -107,10 +110,10 @@ class Experiment:
         return ("DPO()", "SimPO()", "KTO()", "ORPO()") if self.model else ("BradleyTerry()",)
 
     def _rewards(self) -> "Rewards":
-        from prefloop.experiment.pools import Rewards
+        from prefloop.experiment.pools import Rewards, rewards_named
 
         return Rewards(
-            names=self.rewards,
+            which=rewards_named(self.rewards),
             encoder=self.encoder,
             model=self.model,
             noise=self.noise,

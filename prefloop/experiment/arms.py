@@ -124,7 +124,7 @@ def _of_seed(grid: Grid, seed: int) -> Iterator[Arm]:
                 seed=seed,
             )
 
-        for objective in grid.objectives if equal == grid.equals[0] else (first,):
+        for objective in grid.objectives:
             yield arm(NOTHING, objective, share=0.0)
             yield arm(EVERYTHING, objective, share=1.0)
             yield arm(RANDOM, objective)

@@ -13,6 +13,8 @@ from statistics import fmean, pstdev
 import torch
 
 from prefloop import data
+from prefloop.data import where
+from prefloop.expression import parse
 from prefloop.reward_training import (
     BradleyTerry,
     CausalBackbone,
@@ -38,11 +40,75 @@ a head on the length alone; a head on the policy's own model."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A reward that has been read off already: the scores of a file that `prefloop score` wrote.
+
+    So a reward that is dear, such as a head on a language model, is trained and asked once for all
+    seeds. It must not know the rows: train it on other prompts.
+
+    Attributes:
+        path: of the file; it has the rows of the experiment, by their ids.
+        name: what the arms call it; "" is the name of the file's folder.
+    """
+
+    path: str
+    name: str = ""
+
+    @property
+    def called(self) -> str:
+        """What the arms call it."""
+        return self.name or Path(self.path).resolve().parent.name
+
+    def of(self, pool: Sequence[Comparison]) -> list[Comparison]:
+        """The rows of the pool with the scores of the file."""
+        wanted = {row.id: row for row in pool}
+        found = {row.id: row for row in data.iterate(self.path) if row.id in wanted}
+        return [replace(row, scores=self._scores(row, found.get(row.id))) for row in pool]
+
+    def _scores(self, row: Comparison, told: Comparison | None) -> tuple[float, ...]:
+        if told is None:
+            raise UserError(
+                f"{self.path}: has no row of the id {row.id!r}; score the file that the "
+                "experiment reads"
+            )
+        if told.responses != row.responses or told.scores is None:
+            lacks = "no scores" if told.scores is None else "other responses"
+            raise UserError(
+                f"{where(told)}: has {lacks} for {row.id!r}; score the file that the experiment "
+                "reads, with: prefloop score --reward REWARD"
+            )
+        return told.scores
+
+
+def rewards_named(texts: Sequence[str]) -> tuple[str | Scored, ...]:
+    """Rewards as the command line gives them: one of `REWARDS`, or `Scored(path="...")`.
+
+    Raises:
+        UserError: a name that is none, or two rewards of one name.
+    """
+    found = tuple(parse(text, (Scored,)) if "(" in text else text for text in texts)
+    if unknown := [one for one in found if isinstance(one, str) and one not in REWARDS]:
+        raise UserError(
+            f"rewards holds {unknown[0]!r}; it knows {', '.join(REWARDS)} and "
+            'Scored(path="RUN/scored.jsonl", name="NAME")'
+        )
+    names = [called(one) for one in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two rewards are called {twice[0]!r}; give each its own name")
+    return found
+
+
+def called(reward: str | Scored) -> str:
+    """What the arms call a reward."""
+    return reward if isinstance(reward, str) else reward.called
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rewards:
     """How the rewards that rules read are made.
 
     Attributes:
-        names: which of `REWARDS`.
+        which: each one of `REWARDS`, or `Scored`.
         encoder: sentence encoder under the heads.
         model: causal model under the head `causal`.
         noise: standard deviation of the noise of `noisy`, in standard deviations of the label's
@@ -50,16 +116,14 @@ class Rewards:
         loop: how the head on a causal model is trained.
     """
 
-    names: tuple[str, ...]
+    which: tuple[str | Scored, ...]
     encoder: str
     model: str
     noise: float
     loop: TrainSettings
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.names if name not in REWARDS]:
-            raise UserError(f"rewards holds {unknown[0]!r}; it knows {', '.join(REWARDS)}")
-        if CAUSAL in self.names and not self.model:
+        if CAUSAL in self.which and not self.model:
             raise UserError("the reward causal needs a model; give --model, or leave it out")
 
 
@@ -80,14 +144,16 @@ def write_scored(
         LENGTH: lambda: _trained(_heads(rewards, ("length",)), warm, out / LENGTH),
         CAUSAL: lambda: _trained(_causal(rewards, out), warm, out / CAUSAL),
     }
-    for name in rewards.names:
-        file = out / f"scored-{name}.jsonl"
+    for reward in rewards.which:
+        file = out / f"scored-{called(reward)}.jsonl"
         if file.exists():
             continue
-        if name in (LABEL, NOISY):
-            rows = _from_label(pool, rewards.noise if name == NOISY else 0.0, seed)
+        if isinstance(reward, Scored):
+            rows = reward.of(pool)
+        elif reward in (LABEL, NOISY):
+            rows = _from_label(pool, rewards.noise if reward == NOISY else 0.0, seed)
         else:
-            rows = score(pool, makers[name]())
+            rows = score(pool, makers[reward]())
         data.write(file, (replace(row, rank=None, label=None, ensemble=None) for row in rows))
 
 

@@ -75,7 +75,7 @@ def _make(
     try:
         return made(**values)
     except TypeError as error:
-        raise UserError(f"{text!r}: {error}") from None
+        raise UserError(f"{text!r}: a value is of the wrong kind: {error}") from None
 
 
 def _nearest(name: str, allowed: list[str]) -> str:

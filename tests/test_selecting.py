@@ -425,7 +425,7 @@ MISTAKES = [
     ("--rule LearningOrder()", r"'validation_loss'.*prefloop score --learning-order"),
     ("--rule DIDEntropy()", r"'policy_logps'"),
     ("--spread 2", r"'embedding'.*prefloop score --encoder minilm"),
-    ("--quota language=3", r"'language'.*name a column that the rows have"),
+    ("--quota language=3", r"'language'.*name a column that the rows have \(id, .*topic"),
     ("--quota topic", r"quota 'topic': write it as COLUMN=LABELS"),
     ("--quota topic=0", r"must be positive"),
     ("--spread 0.5", r"spread must be 1 or more"),
@@ -434,7 +434,11 @@ MISTAKES = [
     ("--rule RewardGap() --calibrate d.jsonl", r"sets the scale of PVar\(\)"),
     ("--calibrate d.jsonl", r"a vote needs rank and scores, and this row has no rank"),
     ("--filters Length(shortest=1000)", r"the filters leave out all 6 rows"),
-    ("--fraction 0.01", r"no prompt is kept of 6"),
+    ("--fraction 0.01", r"no prompt is kept of 6; a share of 0.01 is less than one"),
+    ("--budget 1 --price responses", r"of 6; the first costs more than the budget of 1"),
+    ("--keep above --threshold 99", r"of 6; no score reaches the threshold 99"),
+    ("--keep above --threshold nan", r"threshold must be a number"),
+    ("--threshold 0.3", r"threshold 0.3 is of use with keep above only, and keep is top"),
     ("--budget -1", r"budget must not be negative"),
 ]
 
@@ -445,6 +449,13 @@ def test_a_mistake_is_said_with_what_to_do(tmp_path, capsys, monkeypatch, words,
     lines(Path("d.jsonl"), ROWS)
     assert main(["select", "--data", "d.jsonl", "--out", "o", *words.split()]) == 2
     assert re.search(said, capsys.readouterr().err)
+    assert not Path("o").exists()  # the same words are enough once the mistake is mended
+
+
+def test_rows_with_one_id_are_refused(tmp_path, small_blocks):
+    source = lines(tmp_path / "d.jsonl", [*MANY[:9], MANY[2]])
+    with pytest.raises(UserError, match="rows 3 and 10 have the same id"):
+        select(source, tmp_path, PVar(), Cut())
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -1,5 +1,6 @@
 """`prefloop select`: choose the prompts that are worth a label."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -65,6 +66,7 @@ class Select:
         from prefloop.report.explaining import explain
         from prefloop.runs import start_run, write_json
         from prefloop.shares import this_worker
+        from prefloop.types import UserError
 
         worker = this_worker()
         rule, found = self._rule()
@@ -74,8 +76,13 @@ class Select:
             if found:
                 write_json(self.out / "calibration.json", found)
         worker.wait()
-        with progress("reading rows", None) as step:
-            chosen = selecting(self.data, self.out, step)
+        try:
+            with progress("reading rows", None) as step:
+                chosen = selecting(self.data, self.out, step)
+        except UserError:
+            if not self.resume and worker.count == 1:
+                shutil.rmtree(self.out)  # what was measured is of no use to rows that get mended
+            raise
         if worker.leads:
             _say(chosen, self.out)
             if self.explain:

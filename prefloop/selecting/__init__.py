@@ -79,9 +79,8 @@ class Selecting:
             )
         choice = choose(source, measured, work.rules, self.cut, self.weights)
         if not choice.kept.any():
-            raise UserError(
-                f"{source}: no prompt is kept of {len(choice.why)}; keep a larger share"
-            )
+            count = int(measured.passed.sum())
+            raise UserError(f"{source}: no prompt is kept of {count}; {self.cut.too_narrow}")
         verdicts = Verdicts(
             rules=work.rules,
             measured=measured,

@@ -69,11 +69,11 @@ def values_of(block: Block, name: str) -> list[Any]:
     """
     if isinstance(block, ArrowBlock):
         if name not in block.table.column_names:
-            raise _lacking(block.place(0), name)
+            raise _lacking(block.place(0), name, block.source.columns)
         return block.table.column(name).to_pylist()
     for raw in block.raws:
         if name not in raw.row:
-            raise _lacking(raw.place, name)
+            raise _lacking(raw.place, name, tuple(raw.row))
     return [raw.row[name] for raw in block.raws]
 
 
@@ -307,9 +307,10 @@ def _refuse_uneven(table: Table, block: Block) -> None:
             )
 
 
-def _lacking(place: str, name: str) -> UserError:
+def _lacking(place: str, name: str, columns: Sequence[str] = ()) -> UserError:
     made = MADE_BY.get(name)
-    help_ = f"make it with: {made}" if made else "name a column that the rows have"
+    known = f" ({', '.join(columns)})" if columns else ""
+    help_ = f"make it with: {made}" if made else f"name a column that the rows have{known}"
     return UserError(f"{place}: this reads {name!r}, which the row does not have; {help_}")
 
 

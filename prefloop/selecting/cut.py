@@ -1,5 +1,6 @@
 """Which prompts are kept, once each has a score: the end of the ranking, a budget, quotas."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -104,8 +105,26 @@ class Cut:
             raise UserError(f"budget must not be negative, got {self.budget}")
         if not 1 <= self.spread < float("inf"):
             raise UserError(f"spread must be 1 or more, got {self.spread}")
+        if math.isnan(self.threshold):
+            raise UserError("threshold must be a number, got nan")
+        if self.threshold and self.keep != "above":
+            raise UserError(
+                f"threshold {self.threshold:g} is of use with keep above only, and keep is "
+                f"{self.keep}; take --keep above, or leave the threshold out"
+            )
         if self.spread > 1 and self.keep == "above":
             raise UserError("spread needs a number to keep: use it with top or bottom")
+
+    @property
+    def too_narrow(self) -> str:
+        """Why it may be that nothing is kept, and what to do."""
+        if self.keep == "above":
+            return f"no score reaches the threshold {self.threshold:g}; lower it"
+        if self.quotas:
+            return f"budget and quotas pay for none ({', '.join(map(str, self.quotas))})"
+        if self.budget:
+            return f"the first costs more than the budget of {self.budget} (price {self.price!r})"
+        return f"a share of {self.fraction:g} is less than one; keep a larger share"
 
     def costs(self, responses: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
         """What each prompt costs in the unit of `limit`: labels, or prompts without a budget."""

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefloop.data.blocks import Block, Sizes, blocks, column_names
+from prefloop.data.blocks import Block, Sizes, TextBlock, blocks, column_names
 from prefloop.runs import read_json, write_json
 from prefloop.selecting.columns import hashed, place_of, stored, table_of, values_of
 from prefloop.selection import Filter, Rule, Table
@@ -122,8 +122,13 @@ def scan(
 
 
 def gather(work: Scan, folder: Path) -> Measured:
-    """The measures of all rows, out of the folder that `scan` filled."""
+    """The measures of all rows, out of the folder that `scan` filled.
+
+    Raises:
+        UserError: two rows of a text file with one id.
+    """
     files = [_file(folder, number) for number in range(read_json(folder / END)["blocks"])]
+    _refuse_repeated_ids(files)
     passed, marks = _all(files, "passed"), _all(files, "marks")
     refused = torch.zeros(len(passed), dtype=torch.int16)
     for number, one in enumerate(work.filters):
@@ -167,6 +172,9 @@ def _measure(block: Block, work: Scan, file: Path) -> None:
         measured = torch.full((len(block), len(rule.measures)), torch.nan, dtype=torch.float64)
         measured[rows] = _by(rule, seen, block, rows).double()
         tensors[f"rule-{number}"] = measured
+    if isinstance(block, TextBlock):
+        own = [str(raw.row.get("id") or raw.made_id) for raw in block.raws]
+        tensors["id"] = torch.tensor([hashed(name) for name in own])
     names = {}
     for number, column in enumerate(work.groups):
         values = [str(value) for value in values_of(block, column)]
@@ -212,6 +220,21 @@ def _refuse_other_work(source: Path, work: Scan, folder: Path, worker: Worker) -
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"block-{number:06}.safetensors"
+
+
+def _refuse_repeated_ids(files: Sequence[Path]) -> None:
+    """Of a text file, where each row is read whole; of columns the ids are not read."""
+    with safe_open(files[0], framework="pt") as held:
+        if "id" not in held.keys():  # noqa: SIM118 - no mapping
+            return
+    ids, order = _all(files, "id").sort(stable=True)
+    twice = (ids[1:] == ids[:-1]).nonzero().flatten()
+    if len(twice):
+        first, second = order[twice[0]] + 1, order[twice[0] + 1] + 1
+        raise UserError(
+            f"rows {first} and {second} have the same id; training tells rows apart by it. Give "
+            "each its own, or leave the column out"
+        )
 
 
 def _all(files: Sequence[Path], name: str) -> Tensor:

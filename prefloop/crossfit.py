@@ -191,17 +191,20 @@ def _numbered(rows: Rows) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
         raise UserError("the learning order needs two different prompts or more")
     found = torch.tensor(ids, dtype=torch.long)
     if len(found.unique()) < len(found):
-        raise _repeated(rows)
+        _refuse_repeated(rows)
     return found, prompt
 
 
-def _repeated(rows: Rows) -> UserError:
-    """Two rows with one id, by their places."""
+def _refuse_repeated(rows: Rows) -> None:
+    """Name two rows with one id, by their places."""
     before: dict[int, str] = {}
     for row in rows():
-        if (place := before.setdefault(_key(row.id), where(row))) != where(row):
-            break
-    return UserError(f"{where(row)}: the id {row.id!r} is that of {place} too; give each its own")
+        key = _key(row.id)
+        if key in before:
+            raise UserError(
+                f"{where(row)}: the id {row.id!r} is that of {before[key]} too; give each its own"
+            )
+        before[key] = where(row)
 
 
 def _key(text: str) -> int:

@@ -86,6 +86,8 @@ def selection(text: str) -> dict[str, Any]:
             "row": place + 1,
             "prompt": f"{text} {place}",
             "rewards": [0.5, place / 10],
+            "best": f"{text} best",
+            "worst": None,
             "score": place * 0.025,
             "measures": {"pvar": place * 0.025, "pvar_se": None},
             "weight": float(place >= 4),

@@ -114,7 +114,10 @@ def test_selection_counts_and_shows_both_ends(page):
 
 
 def test_selection_shows_what_was_spent_the_quotas_and_what_rules_agree_on(page):
-    assert "4 of 5 labels are spent (a prompt costs by pairs)." in page.text
+    assert (
+        "4 of 5 labels are spent, one for each pair of answers to a prompt that is kept."
+        in page.text
+    )
     assert "topic=3" in page.text
     assert "What the rules agree on" in page.text
 

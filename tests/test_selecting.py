@@ -400,6 +400,8 @@ def test_explain_shows_both_ends_and_hides_nothing_a_model_wrote(tmp_path, capsy
     assert "\x1b" not in said
     assert "\u202e" not in said
     assert "\u241b[2J[U+202E]gnp.exe second line 1" in said
+    assert said.count("left out: beyond the cut") == 1 + 5  # counted once, then five examples
+    assert "    best    answer 1\n    worst   answer 0\n" in said
     for part in ("most wanted:", "last kept:", "first left out:", "least wanted:", "RewardGap()"):
         assert part in said
     assert main([*words, "--also", "RewardGap()", "--quota", "topic=2", "--resume"]) == 0

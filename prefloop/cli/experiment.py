@@ -136,7 +136,7 @@ class Experiment:
             rewards=self._rewards(),
             loop=self.loop,
             rates=tuple(zip(objectives, self.rates, strict=False)),
-            drawing=Sampling(max_new_tokens=self.max_new_tokens, rows=64),
+            drawing=Sampling(max_new_tokens=self.max_new_tokens, rows=256),
             answers=self.answers,
             measured=self.measured,
             pool=self.pool,

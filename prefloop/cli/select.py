@@ -84,9 +84,12 @@ class Select:
                 shutil.rmtree(self.out)  # what was measured is of no use to rows that get mended
             raise
         if worker.leads:
-            _say(chosen, self.out)
+            _say(chosen)
             if self.explain:
-                print(explain(chosen))
+                print(explain(chosen) + "\n")
+            file = self.out / chosen["file"]
+            print(f"wrote {file}")
+            print(f"next: prefloop train --data {file} --model MODEL --out RUN")
 
     def _rule(self) -> "tuple[Rule, dict[str, Any]]":
         """The rule, its scale fitted to votes where they are given, and what was fitted."""
@@ -129,8 +132,11 @@ class Select:
         )
 
 
-def _say(chosen: dict[str, Any], out: Path) -> None:
-    spent = f" for {chosen['labels']} labels" if chosen["budget"] else ""
+def _say(chosen: dict[str, Any]) -> None:
+    each = {"pairs": "pair of answers", "responses": "answer", "prompt": "prompt"}
+    spent = ""
+    if chosen["budget"]:
+        spent = f" for {chosen['labels']} labels (one for each {each[chosen['price']]})"
     cut = "" if chosen["cut"] is None else f", cut {chosen['cut']:.4g}"
     print(
         f"kept {chosen['kept']} of {chosen['total']} prompts{spent} by {chosen['rule']}, "
@@ -139,6 +145,3 @@ def _say(chosen: dict[str, Any], out: Path) -> None:
     )
     for why, rows in chosen["why"].items():
         print(f"  {rows:>12,} {why}")
-    file = out / chosen["file"]
-    print(f"wrote {file}")
-    print(f"next: prefloop train --data {file} --model MODEL --out RUN")

@@ -1,4 +1,4 @@
-"""What a selection did, as plain text: counts, overlaps, examples from both ends and the cut."""
+"""What a selection did, as plain text: overlaps, quotas, examples from both ends and the cut."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ WIDTH = 300
 
 
 def explain(selection: Mapping[str, Any]) -> str:
-    """The content of selection.json for a terminal; texts of models are on one line, and whatever
-    would steer a terminal is made visible."""
-    lines = ["", "why:"]
-    lines += [f"  {rows:>12,}  {why}" for why, rows in selection["why"].items()]
-    lines += _overlaps(selection["rules"], selection["overlap"])
+    """What other rules say, and the examples of selection.json, for a terminal.
+
+    Texts of models are on one line, and whatever would steer a terminal is made visible.
+    """
+    lines = _overlaps(selection["rules"], selection["overlap"])
     lines += _quotas(selection["quotas"])
     group = None
     for example in selection["examples"]:
@@ -51,6 +51,7 @@ def _example(example: Mapping[str, Any]) -> list[str]:
         for name, value in example["measures"].items()
     )
     lines = [f"  row {example['row']}: {_line(example['prompt'])}"]
+    lines += [f"    {end:<8}{_line(example[end])}" for end in ("best", "worst") if example.get(end)]
     lines += [f"    rewards {rewards}"] if rewards else []
     lines += [f"    {measures}"] if measures else []
     return [*lines, f"    {visible(example['reason'])}"]

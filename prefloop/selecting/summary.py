@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +20,7 @@ ENDS, BORDER = 3, 2
 GROUPS = 20
 """Most groups of a quota that are listed."""
 CHARACTERS = 2000
-"""Most of a prompt that is kept."""
+"""Most of a prompt or response that is kept."""
 
 
 def examples(choice: Choice) -> Examples:
@@ -79,12 +80,27 @@ def _example(row: int, shown: Examples, verdicts: Verdicts) -> dict[str, Any]:
         "row": row + 1,
         "prompt": prompt_text(found)[:CHARACTERS],
         "rewards": found.get("scores"),
+        "best": _end(found, 0),
+        "worst": _end(found, -1),
         "score": numbers.pop(verdicts.names[0]),
         "measures": {name: None if value != value else value for name, value in numbers.items()},
         "weight": float(verdicts.choice.weight[row]),
         "kept": bool(verdicts.choice.kept[row]),
         "reason": verdicts.reason(row),
     }
+
+
+def _end(row: Mapping[str, Any], end: Literal[0, -1]) -> str | None:
+    """The best (0) or the worst (-1) response of a row, by rank, else by score; None if unknown."""
+    pair = ("chosen", "rejected")[end]
+    if pair in row:
+        return prompt_text({"prompt": row[pair]})[:CHARACTERS]
+    responses, rank = row.get("responses") or (), row.get("rank") or ()
+    order = rank or [-score for score in row.get("scores") or ()]
+    judged = [
+        (place, text) for place, text in zip(order, responses, strict=False) if place is not None
+    ]
+    return sorted(judged, key=itemgetter(0))[end][1][:CHARACTERS] if judged else None
 
 
 def prompt_text(row: Mapping[str, Any]) -> str:

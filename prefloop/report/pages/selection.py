@@ -8,6 +8,11 @@ from prefloop.report.section import Heatmap, Histogram, Interval, Section, Table
 from prefloop.report.words import number, shorten
 from prefloop.types import UserError
 
+PRICED = {
+    "pairs": "one for each pair of answers to a prompt that is kept",
+    "responses": "one for each answer to a prompt that is kept",
+    "prompt": "one for each prompt that is kept",
+}
 NEEDED = ("rule", "kept", "total", "values", "why", "examples")
 
 
@@ -75,16 +80,19 @@ def _groups(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _examples(title: str, examples: Sequence[Mapping[str, Any]]) -> Table:
+    ends = [end for end in ("best", "worst") if any(example.get(end) for example in examples)]
     rows = tuple(
         (
             shorten(example["prompt"], 160),
+            *(shorten(example.get(end) or "", 160) for end in ends),
             ", ".join(number(value, 3) for value in example.get("rewards") or ()),
             example["score"],
             example["reason"],
         )
         for example in examples
     )
-    return Table(title=title, columns=("prompt", "rewards", "score", "reason"), rows=rows)
+    columns = ("prompt", *(f"{end} answer" for end in ends), "rewards", "score", "reason")
+    return Table(title=title, columns=columns, rows=rows)
 
 
 def _overlap(found: Mapping[str, Any]) -> list[Heatmap]:
@@ -117,7 +125,4 @@ def _note(found: Mapping[str, Any]) -> str:
 def _spent(found: Mapping[str, Any]) -> str:
     if not found.get("budget"):
         return ""
-    return (
-        f"{found['labels']} of {found['budget']} labels are spent (a prompt costs by "
-        f"{found['price']})."
-    )
+    return f"{found['labels']} of {found['budget']} labels are spent, {PRICED[found['price']]}."

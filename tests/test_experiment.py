@@ -152,8 +152,9 @@ def test_rewards_may_be_read_from_a_scored_file_by_id(tmp_path):
     (tmp_path / "head").mkdir()
     data.write(tmp_path / "head/scored.jsonl", reversed(told))
     path = tmp_path / "head/scored.jsonl"
-    which = rewards_named([f'Scored(path="{path}")', f'Scored(path="{path}", name="big")'])
-    assert [called(one) for one in which] == ["head", "big"]
+    noisy = f'Scored(path="{path}", name="noisier", noise=2.0)'
+    which = rewards_named([f'Scored(path="{path}")', f'Scored(path="{path}", name="big")', noisy])
+    assert [called(one) for one in which] == ["head", "big", "noisier"]
     rewards = Rewards(which=which, encoder="", model="", noise=1.0, loop=TrainSettings())
     write_scored(rows[1:], [], rewards, tmp_path, seed=0)
     for name in ("head", "big"):
@@ -162,13 +163,17 @@ def test_rewards_may_be_read_from_a_scored_file_by_id(tmp_path):
             ("v1", (1.0, 0.5), None),
             ("v2", (2.0, 0.5), None),
         ]
+    moved = data.read(tmp_path / "scored-noisier.jsonl")
+    assert moved[0].scores != (1.0, 0.5)
+    with pytest.raises(UserError, match="noise of noisier: must be 0 or more, got -1"):
+        rewards_named([noisy.replace("2.0", "-1.0")])
     with pytest.raises(UserError, match=r"scored.jsonl: has no row of the id 'v7'"):
-        which[0].of([replace(rows[0], id="v7")])
+        which[0].of([replace(rows[0], id="v7")], seed=0)
     with pytest.raises(UserError, match="has other responses for 'v0'"):
-        which[0].of([replace(rows[0], responses=("w1", "w3"))])
+        which[0].of([replace(rows[0], responses=("w1", "w3"))], seed=0)
     data.write(tmp_path / "head/scored.jsonl", rows)
     with pytest.raises(UserError, match="has no scores for 'v0'"):
-        which[0].of(rows)
+        which[0].of(rows, seed=0)
     with pytest.raises(UserError, match="two rewards are called 'label'"):
         rewards_named(["label", 'Scored(path="x", name="label")'])
 

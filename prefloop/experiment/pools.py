@@ -7,6 +7,7 @@ labels were free), a copy of it with noise, or reward models that were trained o
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from math import inf
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -49,21 +50,29 @@ class Scored:
     Attributes:
         path: of the file; it has the rows of the experiment, by their ids.
         name: what the arms call it; "" is the name of the file's folder.
+        noise: standard deviation of Gaussian noise that is added, in standard deviations of the
+            scores over the pool: how a worse reward of the same kind would choose.
     """
 
     path: str
     name: str = ""
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < inf:
+            raise UserError(f"noise of {self.called}: must be 0 or more, got {self.noise}")
 
     @property
     def called(self) -> str:
         """What the arms call it."""
         return self.name or Path(self.path).resolve().parent.name
 
-    def of(self, pool: Sequence[Comparison]) -> list[Comparison]:
-        """The rows of the pool with the scores of the file."""
+    def of(self, pool: Sequence[Comparison], seed: int) -> list[Comparison]:
+        """The rows of the pool with the scores of the file; `seed` draws the noise."""
         wanted = {row.id: row for row in pool}
         found = {row.id: row for row in data.iterate(self.path) if row.id in wanted}
-        return [replace(row, scores=self._scores(row, found.get(row.id))) for row in pool]
+        told = [replace(row, scores=self._scores(row, found.get(row.id))) for row in pool]
+        return _with_noise(told, self.noise, seed)
 
     def _scores(self, row: Comparison, told: Comparison | None) -> tuple[float, ...]:
         if told is None:
@@ -149,7 +158,7 @@ def write_scored(
         if file.exists():
             continue
         if isinstance(reward, Scored):
-            rows = reward.of(pool)
+            rows = reward.of(pool, seed)
         elif reward in (LABEL, NOISY):
             rows = _from_label(pool, rewards.noise if reward == NOISY else 0.0, seed)
         else:
@@ -163,7 +172,12 @@ def _from_label(pool: Sequence[Comparison], noise: float, seed: int) -> list[Com
             "the rewards label and noisy copy the labeller's scores, and these rows have ranks "
             "only; take encoder, length or causal"
         )
-    spread = pstdev([value for row in pool for value in row.scores or ()])
+    return _with_noise(pool, noise, seed)
+
+
+def _with_noise(rows: Sequence[Comparison], noise: float, seed: int) -> list[Comparison]:
+    """The rows with Gaussian noise on their scores, in standard deviations of all of them."""
+    spread = pstdev([value for row in rows for value in row.scores or ()])
     return [
         replace(
             row,
@@ -172,7 +186,7 @@ def _from_label(pool: Sequence[Comparison], noise: float, seed: int) -> list[Com
                 for value, drawn in zip(row.scores or (), _normals(row, seed), strict=True)
             ),
         )
-        for row in pool
+        for row in rows
     ]
 
 

@@ -5,8 +5,10 @@
 
 Both sides train from the same weights on the same batches, TRL in its best setting on a CPU
 (float32, no activation checkpointing, reference computed before, by default also its fastest batch
-layout); the reference pass is counted for both. Sides alternate within one process; what is
-compared is CPU time, since the machine may be shared. Peak memory is measured in a process a side.
+layout); the reference pass is counted for both. With `--precision bf16` prefloop multiplies in
+bfloat16, with `--trl-precision bf16` TRL does: losses then agree to bfloat16's digits only.
+Sides alternate within one process; what is compared is CPU time, since the machine may be shared.
+Peak memory is measured in a process a side.
 Needs `trl` (`pip install 'prefloop[bench]'`).
 """
 
@@ -34,8 +36,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefloop.types import Tokenized
 
-TOLERANCE = 1e-4  # relative difference of a step's loss
+TOLERANCE = {"no": 1e-4, "bf16": 0.1}  # relative difference of a step's loss
 LR = 1e-5
+Precision = Literal["no", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,10 @@ class Case:
     """Prompts an optimizer step."""
     epochs: int = 1
     """Passes over the data."""
+    precision: Precision = "no"
+    """prefloop's matrix products: no (float32), or bf16 (autocast; a frozen base in bfloat16)."""
+    trl_precision: Precision = "no"
+    """TRL's; float32 is its best setting where it is the faster one."""
     lora: bool = False
     """Train LoRA adapters (r = 16, all linear layers) instead of all weights."""
     rounds: int = 3
@@ -104,6 +111,12 @@ def lora_config():
     )
 
 
+def starting_model(material: Material, precision: Precision) -> PreTrainedModel:
+    """A copy of the model; a base that an adapter freezes is in the type of the products."""
+    model = copy.deepcopy(material.model)
+    return model.to(torch.bfloat16) if material.case.lora and precision == "bf16" else model
+
+
 def trl_trainer(material: Material, folder: str):
     """TRL's trainer in its best setting on a CPU, with a note of every loss and of the reference's
     time."""
@@ -143,7 +156,7 @@ def trl_trainer(material: Material, folder: str):
         train_sampling_strategy="sequential",
         precompute_ref_log_probs=True,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=case.trl_precision == "bf16",
         use_cpu=True,
         max_length=None,
         weight_decay=0.0,
@@ -155,7 +168,7 @@ def trl_trainer(material: Material, folder: str):
         dataloader_pin_memory=False,
     )
     return Noting(
-        model=copy.deepcopy(material.model),
+        model=starting_model(material, case.trl_precision),
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=material.tokenizer,
@@ -196,7 +209,7 @@ def run_trl(trainer) -> Run:
 
 def prefloop_model(material: Material, adapter: dict[str, torch.Tensor]) -> nn.Module:
     """The model as TRL starts from it, the random half of its adapter included."""
-    model = copy.deepcopy(material.model)
+    model = starting_model(material, material.case.precision)
     if not material.case.lora:
         return model
     from peft import get_peft_model, set_peft_model_state_dict
@@ -216,20 +229,21 @@ def run_prefloop(material: Material, rows: list[Tokenized], model: nn.Module) ->
     case = material.case
     steps = -(-len(rows) // case.batch)
     with tempfile.TemporaryDirectory() as folder:
+        accelerator = Accelerator(cpu=True, mixed_precision=case.precision)
         started, wall = time.process_time(), time.perf_counter()
-        reference = cached_reference(
-            Scorer(model, token_budget=case.token_budget),
-            rows,
-            Path(folder),
-            model_identity(model),
-            case.token_budget,
-        )
+        with accelerator.autocast():
+            reference = cached_reference(
+                Scorer(model, token_budget=case.token_budget),
+                rows,
+                Path(folder),
+                model_identity(model),
+                case.token_budget,
+            )
         scored = time.process_time()
         settings = TrainSettings(
             lr=LR, batch_size=case.batch, token_budget=case.token_budget, max_grad_norm=1.0
         )
         scorer = Scorer(model, token_budget=None)
-        accelerator = Accelerator(cpu=True)
         trainer = build_trainer(scorer, DPO(beta=0.1), reference, settings, accelerator)
         losses = []
         for number in range(steps * case.epochs):
@@ -268,7 +282,7 @@ def peak_gb() -> float:
 def fresh_lora(material: Material) -> nn.Module:
     from peft import get_peft_model
 
-    return get_peft_model(material.model, lora_config())
+    return get_peft_model(starting_model(material, material.case.precision), lora_config())
 
 
 def plain_rows(material: Material) -> list[Tokenized]:
@@ -325,10 +339,23 @@ def largest_gap(one: Run, other: Run) -> float:
     return max(gaps)
 
 
+TOLD = (
+    "shape",
+    "model",
+    "comparisons",
+    "batch",
+    "epochs",
+    "threads",
+    "token_budget",
+    "precision",
+    "trl_precision",
+)
+
+
 def memory_of(case: Case, side: str) -> Run:
     """Peak memory of one side, in a process of its own."""
     command = [sys.executable, __file__, "--only", side, "--rounds", "1", "--no-memory"]
-    for name in ("shape", "model", "comparisons", "batch", "epochs", "threads", "token_budget"):
+    for name in TOLD:
         command += [f"--{name.replace('_', '-')}", str(getattr(case, name))]
     command += ["--lora"] if case.lora else []
     command += ["--votes", str(case.votes)] if case.votes else []
@@ -404,8 +431,9 @@ def report(
         add_memory(case, result)
     if case.out:
         case.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if gap > TOLERANCE:
-        raise SystemExit(f"the losses differ by {gap:.1e}, more than {TOLERANCE:.0e}: not equal")
+    allowed = max(TOLERANCE[case.precision], TOLERANCE[case.trl_precision])
+    if gap > allowed:
+        raise SystemExit(f"the losses differ by {gap:.1e}, more than {allowed:.0e}: not equal")
 
 
 def add_memory(case: Case, result: dict) -> None:

@@ -155,8 +155,8 @@ class Training:
         """Train on `rows`, save the policy; the last metrics.
 
         The reference is the policy as it was, an adapter off; it is scored once, before the first
-        step, on the rows that the steps will see, and kept in the cache. A policy that is trained
-        whole is scored before it moves.
+        step, on the rows that the steps will see, in the precision of the steps, and kept in the
+        cache. A policy that is trained whole is scored before it moves.
         """
         self.policy.model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType] - overloads
         reference = None
@@ -165,7 +165,8 @@ class Training:
             referred = self.reference or scoring
             seen = [rows[index] for index in rows_seen(len(rows), self.settings)]
             asked = [*seen, *held_out, *self.demonstrations]
-            reference = referred(self.policy, asked, self.settings)
+            with self.accelerator.autocast():  # in another precision the two would not start equal
+                reference = referred(self.policy, asked, self.settings)
         scorer = self.policy.scorer(None, with_collision=self.objective.needs_collision)
         trainer = build_trainer(
             scorer, self.objective, reference, self.settings, self.accelerator, self.gradient

@@ -298,6 +298,14 @@ def test_a_run_killed_while_its_settings_were_written_is_begun_anew(tmp_path):
     assert (tmp_path / "other" / ".mine.part").exists()
 
 
+def test_in_half_precision_a_policy_begins_at_its_reference(model, tmp_path):
+    data = comparisons(tmp_path / "data.jsonl")
+    assert train(model, data, tmp_path / "run", "--precision", "bf16", "--lora-rank", "0") == 0
+    first = next(row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["displacement/chosen"] == pytest.approx(0.0, abs=1e-5)
+
+
 def test_resuming_with_other_settings_is_refused_by_name(model, tmp_path, capsys):
     data = comparisons(tmp_path / "data.jsonl")
     assert train(model, data, tmp_path / "run") == 0

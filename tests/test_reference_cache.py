@@ -112,6 +112,14 @@ def test_an_adapter_counts_while_it_is_on(targets):
         assert model_identity(adapted.get_base_model()) == plain
 
 
+def test_autocast_has_another_identity_since_its_numbers_differ():
+    plain = model_identity(tiny.llama())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model_identity(tiny.llama()) != plain
+    with torch.autocast("cpu", enabled=False):
+        assert model_identity(tiny.llama()) == plain
+
+
 def test_other_weights_and_another_configuration_have_another_identity():
     plain = model_identity(tiny.llama())
     assert plain == model_identity(tiny.llama())

@@ -177,7 +177,8 @@ def _key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
 
 
 def model_identity(model: nn.Module) -> str:
-    """A hash of a causal model's configuration and of every byte of its weights.
+    """A hash of a causal model's configuration, of every byte of its weights and, under autocast,
+    of the type that products are computed in.
 
     Adapters count only while they are active: with the adapter off, an adapted model has the
     identity of its base. About a second a gigabyte.
@@ -191,6 +192,8 @@ def model_identity(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(flat.numpy()))  # pyright: ignore[reportArgumentType] - a buffer
+    if torch.is_autocast_enabled(base.device.type):
+        digest.update(f"autocast {torch.get_autocast_dtype(base.device.type)}".encode())
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,25 @@ def create_run(out: Path) -> Path:
     return out
 
 
-def start_run(out: Path, command: str, settings: Mapping[str, Any], resume: bool) -> Path:
+def start_run(
+    out: Path,
+    command: str,
+    settings: Mapping[str, Any],
+    resume: bool,
+    may_change: Collection[str] = (),
+) -> Path:
     """The folder of a run with its `config.json`: a new one, or with `resume` the one it was.
 
     What a killed process was writing goes away, so that the run ends with the files of one that
     nobody killed. One process calls this, before any other writes.
+
+    Args:
+        out: the folder.
+        command: of prefloop.
+        settings: of the command.
+        resume: whether to go on with a run.
+        may_change: settings that a run may be gone on with others of; `config.json` then has the
+            new ones.
 
     Raises:
         UserError: the folder exists and `resume` is off; or the run to go on with had other
@@ -55,10 +69,12 @@ def start_run(out: Path, command: str, settings: Mapping[str, Any], resume: bool
         return Path(out)
     stored = read_json(config)
     before = stored.get("settings", {})
+    now = json.loads(json.dumps(dict(settings)))
+    differ = [name for name, value in now.items() if before.get(name) != value]
     changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in json.loads(json.dumps(dict(settings))).items()
-        if before.get(name) != value and name not in {"out", "resume"}
+        f"{name} was {before.get(name)!r}, is {now[name]!r}"
+        for name in differ
+        if name not in {"out", "resume", *may_change}
     ]
     if stored.get("command") != command or changed:
         raise UserError(
@@ -66,6 +82,8 @@ def start_run(out: Path, command: str, settings: Mapping[str, Any], resume: bool
             f"{'; '.join(changed) or 'this is a run of prefloop ' + str(stored.get('command'))}. "
             f"Use `prefloop {command} --config {config} --out {out} --resume`, or a new --out."
         )
+    if set(differ) & set(may_change):
+        write_json(config, {**stored, "settings": now})
     _sweep(Path(out), ".*.part")
     return Path(out)
 

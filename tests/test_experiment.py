@@ -252,6 +252,11 @@ def test_a_policy_experiment_ends_in_a_table_and_goes_on_where_it_was(tmp_path, 
     assert main([*words, "--lora-rank", "2", "--resume"]) == 0
     assert (out / "table.json").read_bytes() == before
     assert (folders[0] / "result.json").stat().st_mtime_ns == kept
+    assert main([*words, "--lora-rank", "2", "--resume", "--seeds", "2"]) == 0  # one more
+    assert [len(row["seeds"]) for row in read_json(out / "table.json")] == [2] * 6
+    assert (folders[0] / "result.json").stat().st_mtime_ns == kept
+    assert main([*words, "--lora-rank", "2", "--resume"]) == 0  # and as it was
+    assert (out / "table.json").read_bytes() == before
     assert main(["report", str(out)]) == 0
     assert "Which labels are worth their price" in (out / "report.html").read_text()
     assert main([*words, "--lora-rank", "2", "--pool", "80", "--resume"]) == 2

@@ -72,7 +72,7 @@ class Experiment:
     """Rank of the policy's adapter; 0 trains the whole model."""
     loop: Annotated[TrainSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainSettings)
     resume: bool = False
-    """Go on with the run in --out."""
+    """Go on with the run in --out; --seeds and --jobs may be others than before."""
 
     def __call__(self) -> None:
         """Run every arm that has no result yet, then print the table."""
@@ -97,7 +97,7 @@ class Experiment:
             experiment = SelectionExperiment(
                 grid=grid, learner=learner, out=self.out, jobs=self.jobs, on_arm=bar
             )
-            start_run(self.out, "experiment", settings(self), self.resume)
+            start_run(self.out, "experiment", settings(self), self.resume, ("seeds", "jobs"))
             rows = experiment()
         table = "\n".join(text_table(rows))
         write_text(self.out / "table.md", table + "\n")

@@ -207,6 +207,10 @@ def test_arms_are_compared_with_random_labels_prompt_by_prompt_within_a_seed():
     assert rows["PVar()"].name == "PVar top, label"
     shown = section(page(list(rows.values()), "reward"), "page")
     assert [line.name for line in shown.figures[0].series] == ["random", "PVar top, label"]
+    more = [arm(RANDOM, 0.25), arm("RewardGap()", 0.5)]  # random has two shares now, no other
+    extra = [(one, {"labels": 2, "quality": {"a": 1.0, "b": 1.0}}) for one in more]
+    shown = section(page(summarise([*results, *extra], 0.5), "reward"), "page")
+    assert [(line.name, line.x) for line in shown.figures[0].series] == [("random", (2, 4, 4))]
     assert "| random | 4 | 2" not in text_table(list(rows.values()))[-1]
 
 

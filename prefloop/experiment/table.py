@@ -6,6 +6,7 @@ these trainings? Over seeds: would other pools, choices and trainings? With thre
 has two degrees of freedom and finds large differences only.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,18 +160,23 @@ def page(rows: Sequence[Row], quality: str) -> Mapping[str, Any]:
         ],
         "tables": [{"title": "Arms", "columns": list(COLUMNS), "rows": [cells(r) for r in rows]}],
         "lines": [
-            _curve([row for row in rows if row.equal == equal], equal, quality)
+            _curve([row for row in rows if row.equal == equal], equal)
             for equal in dict.fromkeys(row.equal for row in rows)
         ],
     }
 
 
-def _curve(rows: Sequence[Row], equal: str, quality: str) -> dict[str, Any]:
-    """Quality against labels, of the first objective: a line a rule, from none to the full data."""
+def _curve(rows: Sequence[Row], equal: str) -> dict[str, Any]:
+    """Quality against labels, of the first objective, from none to the full data.
+
+    A line a rule that was tried at several shares; where none was, a line each.
+    """
     first = [row for row in rows if row.objective == rows[0].objective]
     ends = [row for row in first if row.rule in (EVERYTHING, NOTHING)]
+    names = Counter(row.name for row in first if row not in ends)
+    several = [name for name, shares in names.items() if shares > 1]
     lines = []
-    for name in dict.fromkeys(row.name for row in first if row not in ends):
+    for name in several or names:
         points = sorted([*(r for r in first if r.name == name), *ends], key=lambda r: r.labels)
         lines.append(
             {
@@ -184,9 +190,10 @@ def _curve(rows: Sequence[Row], equal: str, quality: str) -> dict[str, Any]:
     return {
         "title": f"Quality against labels, equal {equal}",
         "x_label": "labels",
-        "y_label": quality,
+        "y_label": "quality",
         "series": lines,
-        "note": f"{rows[0].objective}; every line goes from no labels to the full data.",
+        "note": f"{rows[0].objective}; every line goes from no labels to the full data."
+        + (" Rules that were tried at one share are in the table." if several else ""),
     }
 
 

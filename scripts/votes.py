@@ -3,18 +3,22 @@
     python scripts/votes.py one VOTES OUT [--seed 0]
     python scripts/votes.py majority VOTES OUT [--turned 0.1] [--seed 0]
     python scripts/votes.py doubts RUN [--votes VOTES]
+    python scripts/votes.py agreement SCORED...
 
 VOTES is a file with a row a vote. `one` keeps one vote of each pair at random, `majority` what most
 of its voters said; ties are left out. `--turned` turns a share of the labels round and says so in a
 column. `doubts` asks of RUN/flips.jsonl, which `prefloop reward` wrote, how well the probability
 that a label is flipped finds the labels that were turned round, or with --votes those that the
-majority of the votes on their pair contradicts.
+majority of the votes on their pair contradicts. `agreement` asks of judged rows that `prefloop
+score` scored how often the reward agrees with the judgement, over pairs (Wilson) and with whole
+prompts drawn again; further files are of the same rows, and are compared with the first, whole
+prompts drawn again.
 """
 
 import argparse
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +26,9 @@ import numpy as np
 from scipy.stats import rankdata
 
 from prefloop import data
+from prefloop.intervals import Estimate, paired
+from prefloop.reward_training import pairs_of
+from prefloop.reward_training.measures import accuracy, accuracy_over_prompts, length_bias
 from prefloop.runs import read_jsonl
 from prefloop.types import Comparison
 
@@ -83,6 +90,27 @@ def doubts(run: Path, votes: Path | None) -> None:
         print(f"  of the {100 * share:g} % most doubtful {hit[head].mean():.3f} are wrong")
 
 
+def shown(found: Estimate | None) -> str:
+    return "none" if found is None else f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def agreement(files: Sequence[Path]) -> None:
+    first = None
+    for file in files:
+        rows = data.read(file)
+        found = pairs_of(rows, [tuple((score,) for score in row.scores or ()) for row in rows])
+        over_prompts = shown(accuracy_over_prompts(found))
+        print(f"{file}: {len(found.row)} pairs, accuracy {shown(accuracy(found))}", end="")
+        print(f", over prompts {over_prompts}")
+        if bias := length_bias(found):
+            print(f"  longer chosen: by people {shown(bias.people)}, by it {shown(bias.model)}")
+            print(f"  accuracy where the shorter was chosen: {shown(bias.shorter)}")
+        first = found if first is None else first
+        if found is not first:
+            led = paired(found.credit, first.credit, found.prompt)
+            print(f"  less {files[0]}: {shown(led.difference)}, p {led.t_p:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -95,7 +123,12 @@ def main() -> None:
     command = commands.add_parser("doubts")
     command.add_argument("run", type=Path)
     command.add_argument("--votes", type=Path)
+    command = commands.add_parser("agreement")
+    command.add_argument("scored", type=Path, nargs="+")
     told = parser.parse_args()
+    if told.command == "agreement":
+        agreement(told.scored)
+        return
     if told.command == "doubts":
         doubts(told.run, told.votes)
         return

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from prefloop.errors import UserError
-from prefloop.expression import parse
 from prefloop.pairing import paired, threshold_pairs
 from prefloop.policies.sampling import ON_POLICY, Sampler, derived_seed
 from prefloop.samplers import CHOOSERS, SAMPLERS, Chooser, chosen_pair
@@ -90,11 +89,6 @@ def source_of(made: Any, answers: int) -> Source:
     if answers < 2:
         raise UserError(f"answers of a prompt are compared, so 2 are needed; got {answers}")
     return Source(made, answers, _whole)
-
-
-def parse_source(text: str, answers: int) -> Source:
-    """The source written as `text`: `Tilted(k=0.5)`, `BestWorst(candidates=8)`, ..."""
-    return source_of(parse(text, SOURCES), answers)
 
 
 def _whole(row: Comparison, seed: int) -> list[Comparison]:

@@ -66,14 +66,12 @@ class Outcome(NamedTuple):
     Attributes:
         win: win rate over the uniform start on held-out prompts, ties a half.
         gain: gain of the expected true reward there.
-        alignment: cosine of the learned weight with the true direction.
         loss: mean training loss of the last ten steps.
         curve: training loss, mean over seeds, a row a step.
     """
 
     win: Float[Tensor, "A S"]
     gain: Float[Tensor, "A S"]
-    alignment: Float[Tensor, "A S"]
     loss: Float[Tensor, "A S"]
     curve: Float[Tensor, "steps A"]
 
@@ -236,7 +234,6 @@ def evaluate(
     return Outcome(
         win=(chance * beats).sum(-1).mean(-1),
         gain=gain,
-        alignment=torch.cosine_similarity(weight, world.direction, dim=-1),
         loss=losses[-10:].mean(0),
         curve=losses.mean(-1),
     )

@@ -4,7 +4,7 @@ To add a penalty: a frozen dataclass with `couples_batch` and `rows`, as `SafeRe
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,20 +13,6 @@ from torch import Tensor
 from prefloop.objectives import DPO, Objective
 from prefloop.stable.solvers import Hinge, Penalty
 from prefloop.types import Judgement, Logps, PerComparison, UserError
-
-
-@runtime_checkable
-class Pull(Protocol):
-    """What is added to the preference loss of each comparison, given its SFT excess."""
-
-    @property
-    def couples_batch(self) -> bool:
-        """Whether the term of a comparison depends on the others of the batch."""
-        ...
-
-    def rows(self, excess: Float[Tensor, " B"], weight: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """The term of each comparison; the trainer takes their weighted mean."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

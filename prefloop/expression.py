@@ -13,6 +13,15 @@ from typing import Any
 
 from prefloop.errors import UserError
 
+NUMBERS = (int, float)
+KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    float: ("a number", NUMBERS),
+    int: ("a whole number", (int,)),
+    bool: ("True or False", (bool,)),
+    str: ("text in quotes", (str,)),
+}
+"""Type of a field -> how it is named, and what may stand there."""
+
 
 def parse(text: str, known: Iterable[type]) -> Any:
     """The object that `text` describes, made of the dataclasses in `known`.
@@ -72,14 +81,23 @@ def _make(
             near = _nearest(str(keyword.arg), allowed)
             raise UserError(f"{made.__name__} has no field {keyword.arg!r}; {near}")
         values[keyword.arg] = _build(keyword.value, classes, text)
+        _refuse_other_kind(made, keyword.arg, values[keyword.arg])
     try:
         return made(**values)
     except TypeError as error:
         raise UserError(f"{text!r}: a value is of the wrong kind: {error}") from None
 
 
+def _refuse_other_kind(made: type, name: str, value: Any) -> None:
+    """Text where a number belongs would be compared with one, a number for a truth value taken."""
+    (kind,) = (field.type for field in fields(made) if field.name == name)
+    wanted, allowed = KINDS.get(kind, ("anything", (object,)))
+    if not isinstance(value, allowed) or (kind in NUMBERS and isinstance(value, bool)):
+        raise UserError(f"{made.__name__}.{name} must be {wanted}, got {value!r}")
+
+
 def _nearest(name: str, allowed: list[str]) -> str:
     lowered = {item.lower(): item for item in allowed}
     close = difflib.get_close_matches(name.lower(), lowered, n=1)
-    meant = f"perhaps you meant {lowered[close[0]]}? " if close else ""
-    return f"{meant}It knows: {', '.join(allowed) or 'no field'}"
+    known = ", ".join(allowed) or "no field"
+    return f"perhaps you meant {lowered[close[0]]}? Known: {known}" if close else f"known: {known}"

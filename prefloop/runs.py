@@ -24,13 +24,18 @@ PACKAGES = ("prefloop", "torch", "transformers", "accelerate", "peft", "datasets
 def create_run(out: Path) -> Path:
     """A new, empty run folder; a folder that holds anything is refused."""
     out = Path(out)
+    refuse_taken(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def refuse_taken(out: Path) -> None:
+    """A folder that holds anything, or a file, is no place for a new run."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"{out} exists already and is never overwritten. Choose another --out, or pass "
             "--resume to go on with that run."
         )
-    out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 def start_run(
@@ -101,11 +106,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a temporary name first, then a rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -120,6 +128,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}), so not JSON") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
 

@@ -24,6 +24,12 @@ class Branch:
             raise UserError("Branch needs one weight a leaf")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    times: int = 1
+    twice: bool = False
+
+
 KNOWN = (Leaf, Branch)
 
 
@@ -59,3 +65,21 @@ def test_a_bare_name_and_any_case_are_fine():
 def test_anything_else_is_refused_with_a_hint(text, said):
     with pytest.raises(UserError, match=said):
         parse(text, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Leaf(size='x')", r"Leaf.size must be a number, got 'x'"),
+        ("Leaf(size=True)", r"Leaf.size must be a number, got True"),
+        ("Counted(times=1.5)", r"Counted.times must be a whole number, got 1.5"),
+        ("Counted(twice='no')", r"Counted.twice must be True or False, got 'no'"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(text, said):
+    with pytest.raises(UserError, match=said):
+        parse(text, (Leaf, Counted))
+
+
+def test_a_whole_number_is_a_number_and_a_kind_that_is_not_plain_is_left_to_the_object():
+    assert parse("Leaf(size=2, name=None)", KNOWN) == Leaf(size=2)

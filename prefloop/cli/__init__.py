@@ -84,17 +84,35 @@ def _run(name: str, words: list[str]) -> int:
             args=words,
             default=default,
         )
+        _refuse_taken(settings)
         settings()
     except UserError as error:
         return _mistake(str(error))
     except KeyboardInterrupt as pressed:
+        resumes = any(field.name == "resume" for field in fields(command))
         said = str(pressed) or "stopped by Ctrl-C"
-        print(f"prefloop: {said}. Go on with --resume.", file=sys.stderr)
+        then = "Go on with --resume." if resumes else "Run it again."
+        print(f"prefloop: {said}. {then}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `prefloop ... | head`
         sys.stderr.close()
         return 0
+    except Exception as error:
+        from prefloop.cli.machine import refusal
+
+        if (said := refusal(error)) is None:
+            raise
+        return _mistake(said)
     return 0
+
+
+def _refuse_taken(command: Any) -> None:
+    """Say before minutes of loading that --out is taken; under torchrun, the first process does."""
+    from prefloop.runs import refuse_taken
+
+    out, first = getattr(command, "out", None), os.environ.get("RANK", "0") == "0"
+    if isinstance(out, Path) and getattr(command, "resume", None) is False and first:
+        refuse_taken(out)
 
 
 def _with_config(command: Any, name: str, words: list[str]) -> tuple[list[str], Any]:

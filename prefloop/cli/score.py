@@ -54,11 +54,13 @@ class Score:
         """Write the rows with the new columns, kept as they come."""
         from prefloop.cli import settings
         from prefloop.cli.console import progress
+        from prefloop.data import iterate
         from prefloop.runs import start_run
         from prefloop.scoring import score_file
         from prefloop.shares import this_worker
 
         self._refuse_nothing()
+        next(iterate(self.data), None)  # before a model is loaded and a folder made
         worker = this_worker()
         columns = self._columns()
         if worker.leads:

@@ -90,8 +90,8 @@ class Train:
         self._refuse_unsorted()
         objective, gradient = self._minimised()
         accelerator = accelerator_for(self.trackers, self.out, self.precision)
-        policy = self._policy(accelerator.device)
         given, aside = self._divided()
+        policy = self._policy(accelerator.device)
         rows, held_out = self._rows(given, aside, policy, objective)
         shown = self._demonstrations(policy)
         if accelerator.is_main_process:

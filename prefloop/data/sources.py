@@ -397,12 +397,17 @@ def _not_utf8(place: str, error: UnicodeDecodeError) -> UserError:
 
 
 def _not_json(place: str, error: Exception) -> UserError:
+    said = (
+        f"{error.msg}, column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else _line(error)
+    )
     return UserError(
-        f"{place}: not JSON: {_line(error)}. A .jsonl file has one object a line, a .json file one "
+        f"{place}: not JSON: {said}. A .jsonl file has one object a line, a .json file one "
         "list of objects"
     )
 
 
 def _line(error: Exception) -> str:
     """What an error of a library says, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -126,7 +126,8 @@ def explained(name: str | Path, kind: str) -> Iterator[None]:
             raise
         found = "folder" if Path(name).is_dir() else "name on the hub"
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        told = lines if lines and lines[0].endswith(":") else lines[:1]  # a list follows
+        reason = " ".join(told) or type(error).__name__
         raise UserError(f"{name}: this {found} gives no {kind}: {reason[:300]}") from error
 
 

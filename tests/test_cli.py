@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from prefloop.cli import COMMANDS, main
@@ -44,6 +45,12 @@ def model(tmp_path_factory) -> str:
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator():
+    """A process has one precision; here many commands with their own run in one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sentence(start: int, length: int) -> str:

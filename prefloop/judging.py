@@ -42,7 +42,6 @@ they are equally good."""
 cannot end its own marks."""
 
 PLACES = ("prompt", "first", "second")
-AT_ONCE = 32  # rows between two writes to the disk: what a kill can cost
 
 Side: TypeAlias = Literal["first", "second", "tie"]
 SAID: dict[str, Side] = {"A": "first", "B": "second", "T": "tie", "TIE": "tie"}
@@ -195,8 +194,8 @@ class Judge:
             for shown in ((first, second), (second, first))
         ]
         drawing = Sampling(temperature=0.0, max_new_tokens=self.max_new_tokens)
-        replies = self.connection.sample(questions, 1, drawing, self.seed) if questions else []
-        read: list[Side | None] = [parse_reply(answers[0].text) for answers in replies]
+        replies = self.connection.replies(questions, drawing, self.seed)
+        read: list[Side | None] = [parse_reply(reply) for reply in replies]
         votes: list[list[Vote]] = [[] for _ in rows]
         for number, (place, first, second) in enumerate(asked):
             swapped = read[2 * number + 1]
@@ -240,7 +239,8 @@ def judge_rows(
     if not whole.exists():
         votes = _kept(part, rows)
         todo = iter(range(len(votes), len(rows)))
-        while places := list(islice(todo, AT_ONCE)):
+        at_once = judge.connection.server.concurrency  # rows, of two questions or more
+        while places := list(islice(todo, at_once)):
             found = judge.votes([rows[place] for place in places])
             for place, row in zip(places, found, strict=True):
                 append_jsonl(part, {"id": rows[place].id, "votes": [_plain(vote) for vote in row]})

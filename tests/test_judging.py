@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 from loopback import completion, scripted
 
-from prefloop import judging
 from prefloop.cli import main
 from prefloop.errors import UserError
 from prefloop.judging import Judge, Vote, judge_rows, parse_reply, ranks, tally
@@ -152,9 +151,7 @@ def test_an_answer_cannot_end_its_own_marks_or_fill_in_another_field(tmp_path):
     assert found.rank == (2, 1)
 
 
-def test_a_killed_run_asks_only_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "AT_ONCE", 1)
-
+def test_a_killed_run_asks_only_what_is_missing(tmp_path):
     class Killed(Exception):
         pass
 
@@ -162,7 +159,7 @@ def test_a_killed_run_asks_only_what_is_missing(tmp_path, monkeypatch):
         if done == 2:
             raise Killed
 
-    with server(good) as (url, calls), connect(Server(url=url)) as connection:
+    with server(good) as (url, calls), connect(Server(url=url, concurrency=1)) as connection:
         with pytest.raises(Killed):
             list(judge_rows(ROWS, tmp_path, Judge(connection), kill))
         with (tmp_path / "judged.part.jsonl").open("a") as file:

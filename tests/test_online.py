@@ -301,6 +301,22 @@ def test_the_exploration_bonus_is_alpha_times_the_first_log_probability():
     assert (bonus - plain).item() == pytest.approx(0.5 * -3.0)  # the first response is -1 - 2
 
 
+def test_the_bonus_of_xpo_falls_from_round_to_round():
+    falling = online.XPO(alpha=0.5, rounds=3)
+    assert [falling.in_round(number).alpha for number in (1, 2, 3, 4)] == [0.5, 0.25, 0.0, 0.0]
+    assert online.XPO(alpha=0.5).in_round(7) == online.XPO(alpha=0.5)
+    with pytest.raises(UserError, match="the round in which alpha is 0"):
+        online.XPO(rounds=1)
+
+
+def test_each_round_minimises_the_objective_of_its_number(model, prompts, tmp_path):
+    more = "--recipe xpo --max-steps 1 --held-out-n 1"
+    assert main(words(model, prompts, tmp_path / "run", more)) == 0
+    rows = list(read_jsonl(tmp_path / "run/rounds.jsonl"))
+    assert ["alpha=1e-05" in row["objective"] for row in rows] == [True, False]
+    assert ["alpha=5e-06" in row["objective"] for row in rows] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

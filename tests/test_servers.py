@@ -1,7 +1,9 @@
 """What servers do on a bad day, scripted on loopback: noticed, worked around, or refused."""
 
 import json
+import os
 import re
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -241,7 +243,7 @@ def test_a_server_that_comes_back_is_gone_on_with(quick):
         ({"error": "?"}, "no list of choices in the reply"),
         ([1, 2], "no list of choices in the reply"),
         ({"choices": []}, "no list of choices in the reply"),
-        ({"choices": [{"message": {"content": None}}]}, "an answer without text"),
+        ({"choices": [{"message": {"content": 3}}]}, "an answer without text"),
         ({"choices": ["hm"]}, "an answer without text"),
         (
             {
@@ -359,3 +361,68 @@ def test_log_probabilities_of_the_older_completion_form_are_read():
     with scripted(older) as (url, _), connect(Server(url=url, chat=False)) as connection:
         assert connection.abilities.logps
         assert connection.sample(["x"], 1, SHORT, 0)[0][0].logp == (-0.25,)
+
+
+def test_a_server_that_goes_away_is_said_once_and_so_is_its_coming_back(quick):
+    def pauses(body, headers, calls):
+        away = 7 < calls < 20 and body["messages"][0]["content"].startswith("p")
+        return (503, {}, "loading") if away else well(body, headers, calls)
+
+    said = []
+    with scripted(pauses) as (url, _), connect(Server(url=url), said.append) as connection:
+        answers = connection.sample([f"p{n}" for n in range(6)], 1, SHORT, 0)
+    assert len(answers) == 6
+    assert len(said) == 2
+    assert re.search(r"does not answer \(status 503: loading\); .*Ctrl-C stops", said[0])
+    assert "answers again" in said[1]
+
+
+def test_ctrl_c_does_not_wait_for_replies_under_way():
+    def sleeps(body, headers, calls):
+        if body["messages"][0]["content"] == "slow":
+            time.sleep(3.0)
+        return well(body, headers, calls)
+
+    with scripted(sleeps) as (url, _), connect(Server(url=url)) as connection:
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            connection.sample(["slow"], 1, SHORT, 0)
+        assert time.monotonic() - started < 2.0
+
+
+@pytest.mark.parametrize("key", ["sk-1\nsk-2", "sk-é"])
+def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch, key):
+    monkeypatch.setenv("PREFLOOP_API_KEY", key)
+    with scripted(well) as (url, _):
+        said = refusal(Server(url=url))
+    assert "PREFLOOP_API_KEY holds characters that no key has" in said
+    assert "sk-" not in said
+
+
+def test_the_line_break_behind_a_key_is_left_out(monkeypatch):
+    monkeypatch.setenv("PREFLOOP_API_KEY", f"{KEY}\n")
+    seen = []
+
+    def looks(body, headers, calls):
+        seen.append(headers["authorization"])
+        return well(body, headers, calls)
+
+    with scripted(looks) as (url, _), connect(Server(url=url)):
+        assert set(seen) == {f"Bearer {KEY}"}
+
+
+def test_a_reply_without_text_is_no_answer_but_an_empty_reply():
+    def thinks(body, headers, calls):
+        found = completion(body)
+        if body["messages"][0]["content"] != "easy":
+            found["choices"][0]["message"]["content"] = None
+        return 200, {}, found
+
+    with scripted(thinks) as (url, _), connect(Server(url=url)) as connection:
+        assert connection.abilities.samples  # nothing was seen to the contrary
+        replies = connection.replies(["hard", "easy"], SHORT, 0)
+        assert replies[0] == ""
+        assert replies[1].startswith("says")
+        with pytest.raises(UserError, match="an answer without text"):
+            connection.sample(["hard"], 1, SHORT, 0)

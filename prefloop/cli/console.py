@@ -18,6 +18,11 @@ from rich.progress import (
 EVERY = 20.0  # seconds between plain lines where there is no terminal
 
 
+def note(line: str) -> None:
+    """A line about what goes on, above a bar if there is one."""
+    print(f"prefloop: {line}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A function to call with how much is done (of `total`, if it is known before); the bar goes

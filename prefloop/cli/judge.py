@@ -28,6 +28,8 @@ class Judge:
     """Longest reply, in tokens; more for a judge that thinks before its [[A]]."""
     concurrency: int = 4
     """Requests under way at a time."""
+    patience: float = 600.0
+    """Seconds to wait for a server that stopped answering; then the run stops, to be resumed."""
     seed: int = 0
     """Sent with each question."""
     resume: bool = False
@@ -37,7 +39,7 @@ class Judge:
         """Write judged.jsonl and say how far the judge can be trusted."""
         from prefloop import data, judging
         from prefloop.cli import settings
-        from prefloop.cli.console import progress
+        from prefloop.cli.console import note, progress
         from prefloop.errors import UserError
         from prefloop.runs import read_json, start_run
         from prefloop.servers import Server, connect
@@ -48,8 +50,13 @@ class Judge:
             if not self.question.is_file():
                 raise UserError(f"{self.question}: there is no such file for --question")
             question = self.question.read_text(encoding="utf-8")
-        server = Server(url=self.server, model=self.server_model, concurrency=self.concurrency)
-        with connect(server) as connection, progress("judging", len(rows)) as step:
+        server = Server(
+            url=self.server,
+            model=self.server_model,
+            concurrency=self.concurrency,
+            patience=self.patience,
+        )
+        with connect(server, note) as connection, progress("judging", len(rows)) as step:
             judge = judging.Judge(
                 connection, question=question, max_new_tokens=self.max_new_tokens, seed=self.seed
             )

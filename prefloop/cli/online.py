@@ -61,6 +61,8 @@ class Online:
     with the model in this process."""
     server_model: str = ""
     """Name of the model on --server, where it has several."""
+    patience: float = 600.0
+    """Seconds to wait for a server that stopped answering; then the run stops, to be resumed."""
     rule: str = "PVar()"
     """What scores a prompt: PVar(scale=1.0), OnlinePVar(beta=0.1), RewardGap(), Random(seed=0)."""
     budget: int = 0
@@ -176,6 +178,7 @@ class Online:
 
     def _labels(self, recipe: "Recipe", open_ones: "ExitStack") -> "Labels":
         """Who judges: the reward, a model on a server, or people."""
+        from prefloop.cli.console import note
         from prefloop.errors import UserError
         from prefloop.judging import Judge
         from prefloop.labelling import People
@@ -189,10 +192,11 @@ class Online:
         refuse_scores(recipe.objective)
         if self.people:
             return People()
-        server = Server(url=self.judge, model=self.judge_model)
-        return Judge(open_ones.enter_context(connect(server)), seed=self.loop.seed)
+        server = Server(url=self.judge, model=self.judge_model, patience=self.patience)
+        return Judge(open_ones.enter_context(connect(server, note)), seed=self.loop.seed)
 
     def _answers(self, recipe: "Recipe", open_ones: "ExitStack") -> "Answers":
+        from prefloop.cli.console import note
         from prefloop.collecting import sample_to_file
         from prefloop.online import from_server, refuse_changing
         from prefloop.servers import Server, connect
@@ -200,8 +204,8 @@ class Online:
         if not self.server:
             return sample_to_file
         refuse_changing(recipe.source, self.server)
-        server = Server(url=self.server, model=self.server_model)
-        return from_server(open_ones.enter_context(connect(server)))
+        server = Server(url=self.server, model=self.server_model, patience=self.patience)
+        return from_server(open_ones.enter_context(connect(server, note)))
 
     def _learning(self, recipe: "Recipe") -> "Learning":
         from prefloop.online import REFERENCES, Learning

@@ -33,6 +33,8 @@ class Sample:
     """Ask the server's completion endpoint, which gets the prompt as it stands, not its chat."""
     concurrency: int = 4
     """Requests to the server under way at a time."""
+    patience: float = 600.0
+    """Seconds to wait for a server that stopped answering; then the run stops, to be resumed."""
     n: int = 4
     """Answers a prompt."""
     sampler: str = "FromPolicy()"
@@ -90,6 +92,7 @@ class Sample:
         """Who answers: the policy in this process, or a server."""
         from functools import partial
 
+        from prefloop.cli.console import note
         from prefloop.collecting import ask_server, sample_to_file
         from prefloop.policies import load_policy
         from prefloop.servers import Server, connect
@@ -102,6 +105,7 @@ class Sample:
             model=self.server_model,
             chat=not self.completion,
             concurrency=self.concurrency,
+            patience=self.patience,
         )
-        with connect(server) as connection:
+        with connect(server, note) as connection:
             yield partial(ask_server, connection)

@@ -27,6 +27,7 @@ from prefloop.collecting import Draw, sample_to_file
 from prefloop.comparing import compare
 from prefloop.objectives import Objective
 from prefloop.online.answers import Answers
+from prefloop.online.exploration import in_round
 from prefloop.online.labels import ByScores, Labels
 from prefloop.online.section import section
 from prefloop.online.sources import Source
@@ -103,7 +104,7 @@ class Learning:
     Attributes:
         model: Hugging Face name or folder that the first round begins with.
         adapter: its new adapter, trained on in every round; None trains the whole model.
-        objective: what is minimised.
+        objective: what is minimised; an `XPO` with `rounds` has another strength in each.
         settings: the numbers of the loop, in each round; the schedule begins anew.
         reference: one of `REFERENCES`.
         handling: rows that cannot be trained on as they are.
@@ -212,11 +213,12 @@ class Online:
         rows = data.read(pairs)
         if not learning.objective.uses_ties:
             rows, _ = data.drop_ties(rows)  # soft labels too, as in the authors' code
-        prepared = prepare(rows, policy, learning.objective, learning.handling)
+        objective = in_round(learning.objective, number)
+        prepared = prepare(rows, policy, objective, learning.handling)
         seed = derived_seed(learning.settings.seed, "order", number)
         training = Training(
             policy=policy,
-            objective=learning.objective,
+            objective=objective,
             settings=replace(learning.settings, seed=seed),
             accelerator=self.accelerator,
             out=folder,
@@ -267,6 +269,7 @@ class Online:
         return {
             "round": number,
             "source": repr(self.asking.source(number).sampler),
+            "objective": repr(in_round(self.learning.objective, number)),
             "answers": len(flat),
             "labels": sum(1 for _ in read_jsonl(folder / "pairs.jsonl")),
             "reward_of_answers": sum(flat) / len(flat),

@@ -30,7 +30,7 @@ RECIPES: Mapping[str, Recipe] = {
     "hybrid": Recipe(source=Hybrid()),
     "tilted": Recipe(source=Tilted()),
     "mixture": Recipe(source=Mixture()),
-    "xpo": Recipe(source=Hybrid(), objective=XPO()),
+    "xpo": Recipe(source=Hybrid(), objective=XPO(rounds=3)),
     "rs_dpo": Recipe(source=ThresholdPairs(), objective=DPO()),
 }
 """The mapping table of "The Crucial Role of Samplers in Online DPO", arXiv:2409.19605 [code]:

@@ -7,11 +7,11 @@ and checked, and what cannot be had from a server is refused with the reason.
 
 import math
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ import httpx2
 from prefloop.errors import UserError
 from prefloop.policies.sampling import FromPolicy, Sampler, derived_seed
 from prefloop.policies.settings import Sampling
+from prefloop.servers.threads import side_by_side
 
 Prompt: TypeAlias = str | tuple[Mapping[str, str], ...]
 
@@ -28,6 +29,7 @@ BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 FIRST_PAUSE = 0.5  # seconds before the first new try; each further one takes twice as long
 LONGEST_PAUSE = 20.0
 FIRST_PATIENCE = 15.0  # seconds for a server that has not answered yet: its address may be wrong
+PATIENCE = 600.0  # seconds for one that has: it may be loading its model again
 PROBE = "Write a few random words."
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -53,7 +55,7 @@ class Server:
     chat: bool = True
     key_variable: str = "PREFLOOP_API_KEY"
     timeout: float = 120.0
-    patience: float = 120.0
+    patience: float = PATIENCE
     concurrency: int = 4
 
     def __post_init__(self) -> None:
@@ -104,16 +106,23 @@ class Answer:
         finished: it ended by itself; otherwise it was cut at the longest length.
         logp: log-probability of each token in nats, as the server gives it (before temperature
             with llama.cpp and vLLM); None where the server gives none.
+        silent: the server sent no text at all, as of a model that thought aloud until it was cut.
     """
 
     text: str
     finished: bool
     logp: tuple[float, ...] | None
+    silent: bool = False
 
 
 @contextmanager
-def connect(server: Server) -> Iterator["Connection"]:
+def connect(
+    server: Server, say: Callable[[str], None] = lambda line: None
+) -> Iterator["Connection"]:
     """A connection to `server`, its model's name and its abilities found out.
+
+    Args:
+        say: told when the server stops answering, and when it answers again.
 
     Raises:
         UserError: nobody answers, or what answers is no such server.
@@ -122,7 +131,8 @@ def connect(server: Server) -> Iterator["Connection"]:
     with httpx2.Client(timeout=server.timeout, trust_env=not local) as client:
         hasty = _Wire(replace(server, patience=min(server.patience, FIRST_PATIENCE)), client)
         server = replace(server, model=server.model or _only_model(hasty))
-        yield Connection(server, _Wire(server, client), _probe(server, hasty))
+        wire = _Wire(server, client, _Outage(server, say))
+        yield Connection(server, wire, _probe(server, hasty))
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,23 +162,30 @@ class Connection:
                 is not what was asked for, a server that is gone for longer than its patience.
         """
         self._refuse(n, settings, sampler, needs_logps)
-        jobs = [
-            (place, first, count)
-            for place in range(len(prompts))
-            for first, count in self._requests(n)
-        ]
-        answers: list[list[Answer]] = [[] for _ in prompts]
-        pool = ThreadPoolExecutor(self.server.concurrency)
-        try:
-            futures = [
-                pool.submit(self._ask, prompts[place], first, count, settings, seed)
-                for place, first, count in jobs
-            ]
-            for (place, _, _), future in zip(jobs, futures, strict=True):
-                answers[place].extend(future.result())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        answers = self._answers(prompts, n, settings, seed)
+        if any(one.silent for row in answers for one in row):
+            raise UserError(
+                f"{self.server.url}: an answer without text. A model that thinks aloud may have "
+                "used up its length; allow longer answers"
+            )
         return answers
+
+    def replies(self, prompts: Sequence[Prompt], settings: Sampling, seed: int) -> list[str]:
+        """One reply to each prompt; "" where the server sent no text."""
+        return [row[0].text for row in self._answers(prompts, 1, settings, seed)]
+
+    def _answers(
+        self, prompts: Sequence[Prompt], n: int, settings: Sampling, seed: int
+    ) -> list[list[Answer]]:
+        jobs = [(prompt, *part) for prompt in prompts for part in self._requests(n)]
+        found = side_by_side(
+            lambda job: self._ask(*job, settings, seed), jobs, self.server.concurrency
+        )
+        parts = len(self._requests(n))
+        return [
+            [one for part in found[start : start + parts] for one in part]
+            for start in range(0, len(jobs), parts)
+        ]
 
     def _requests(self, n: int) -> list[tuple[int, int]]:
         """(first answer, how many answers) of each request for one prompt."""
@@ -218,6 +235,34 @@ class Connection:
             )
 
 
+@dataclass(eq=False)
+class _Outage:
+    """Whether the server is known to be away, so that it is said once for all requests."""
+
+    server: Server
+    say: Callable[[str], None]
+    since: float | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begins(self, trouble: str) -> None:
+        """A request was lost more than once."""
+        with self.lock:
+            if self.since is None:
+                self.since = time.monotonic()
+                self.say(
+                    f"{self.server.url} does not answer ({trouble}); trying again for "
+                    f"{self.server.patience:g} s. Ctrl-C stops, and --resume goes on"
+                )
+
+    def ends(self) -> None:
+        """A reply came."""
+        with self.lock:
+            if self.since is not None:
+                away = time.monotonic() - self.since
+                self.say(f"{self.server.url} answers again, after {away:.0f} s")
+                self.since = None
+
+
 class _Refused(UserError):
     """The server understood the request and does not want it."""
 
@@ -228,6 +273,7 @@ class _Wire:
 
     server: Server
     client: httpx2.Client
+    outage: _Outage | None = None
 
     def choices(self, body: Mapping[str, Any]) -> list[Any]:
         """The answers in the reply to `body`."""
@@ -268,7 +314,7 @@ class _Wire:
     def _patiently(
         self, method: str, endpoint: str, body: Mapping[str, Any] | None
     ) -> httpx2.Response:
-        until, pause = time.monotonic() + self.server.patience, FIRST_PAUSE
+        until, pause, lost = time.monotonic() + self.server.patience, FIRST_PAUSE, 0
         while True:
             wanted = pause
             try:
@@ -279,6 +325,8 @@ class _Wire:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 if response.status_code not in BUSY:
+                    if self.outage:
+                        self.outage.ends()
                     return response
                 trouble = f"status {response.status_code}: {response.text}"
                 wanted = max(pause, _asked_to_wait(response))
@@ -286,18 +334,31 @@ class _Wire:
                 raise UserError(
                     f"{self.server.root}/{endpoint} does not answer ({self._shown(trouble)}); "
                     f"tried for {self.server.patience:g} s. Start the server, and run the command "
-                    "again to go on"
+                    "again with --resume to go on"
                 )
+            lost += 1
+            if self.outage and lost > 1:
+                self.outage.begins(self._shown(trouble))
             time.sleep(wanted)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self.server.key_variable)
+        key = self._key()
         return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def _key(self) -> str:
+        """The key of the environment, without the white space that a file ends with."""
+        key = os.environ.get(self.server.key_variable, "").strip()
+        if key.isascii() and key.isprintable():
+            return key
+        raise UserError(
+            f"the environment variable {self.server.key_variable} holds characters that no key "
+            "has (line breaks, letters beyond ASCII); set it again"
+        )
 
     def _shown(self, text: str) -> str:
         """What a server said, on one line, cut, and without the key it may echo."""
-        key = os.environ.get(self.server.key_variable)
+        key = self._key()
         line = " ".join(text.split())
         return (line.replace(key, "[key]") if key else line)[:200] or "nothing"
 
@@ -337,7 +398,8 @@ def _probe(server: Server, wire: _Wire) -> Abilities:
     return Abilities(
         many=len(together) == 3 and len({one.text for one in together}) > 1,
         logps=all(one.logp is not None for one in (first, again, *others, *together)),
-        samples=len({one.text for one in (first, *others)}) > 1,
+        # Silent ones say nothing either way: a model that thinks aloud has used up the probe.
+        samples=first.silent or len({one.text for one in (first, *others)}) > 1,
         repeats=again.text == first.text,
     )
 
@@ -369,15 +431,15 @@ def _seed(seed: int, prompt: Prompt, answer: int) -> int:
 def _answer(server: Server, choice: Any) -> Answer:
     choice = choice if isinstance(choice, dict) else {}
     message = choice.get("message") if server.chat else choice
-    text = message.get("content" if server.chat else "text") if isinstance(message, dict) else None
-    if not isinstance(text, str):
+    name = "content" if server.chat else "text"
+    text = message.get(name) if isinstance(message, dict) else 0
+    if not isinstance(text, str | None):
         raise UserError(
-            f"{server.url}: an answer without text: {str(choice)[:200]}. A model that thinks aloud "
-            "may have used up its length"
+            f"{server.url}: an answer without text: {str(choice)[:200]}, so this is no "
+            "OpenAI-compatible server, or it is broken"
         )
-    return Answer(
-        text, choice.get("finish_reason") == "stop", _logps(server, choice.get("logprobs"))
-    )
+    ended = choice.get("finish_reason") == "stop"
+    return Answer(text or "", ended, _logps(server, choice.get("logprobs")), silent=text is None)
 
 
 def _logps(server: Server, given: Any) -> tuple[float, ...] | None:

@@ -129,6 +129,11 @@ def test_rounds_are_logged_and_reported(whole):
     assert all(row["answers"] == 16 and row["kl_se"] > 0 for row in rows)
     assert all("displacement/chosen" in row for row in rows)
     page = read_section(whole / "online.section.json")
+    assert page.figures[-1].points[0].hollow
+    assert [text.name for text in page.answers[0].texts] == ["reference", "after round 2"]
+    reward = page.figures[0].series
+    assert [line.name for line in reward] == ["reference", "policy"]
+    assert reward[1].high[0] - reward[1].low[0] == pytest.approx(2 * rows[0]["reward_se"])
     assert [point.name for point in page.figures[-1].points] == ["reference", "round 1", "round 2"]
     assert main(["report", str(whole)]) == 0
     assert "Reward against KL" in (whole / "report.html").read_text()
@@ -378,6 +383,7 @@ def test_displacement_is_the_mean_over_the_last_epoch_without_tied_steps():
 
 def test_a_section_survives_a_round_without_displacement(tmp_path):
     numbers = ("reward", "reward_se", "reference_reward", "reference_reward_se", "kl", "kl_se")
+    numbers += ("win_rate", "win_rate_low", "win_rate_high")
     row = dict.fromkeys(numbers, 0.5) | {"round": 1, "source": "x", "answers": 4, "labels": 2}
     write_json(tmp_path / "online.section.json", section([row]))
     assert read_section(tmp_path / "online.section.json").tables[0].rows[0][-1] is None

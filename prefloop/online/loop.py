@@ -163,7 +163,8 @@ class Online:
         for number in range(1, self.rounds + 1):
             rows.append(self._round(number))
             write_jsonl(self.out / "rounds.jsonl", rows)
-            write_json(self.out / "online.section.json", section(rows))
+            samples = list(read_jsonl(self._folder(number) / "samples.jsonl"))
+            write_json(self.out / "online.section.json", section(rows, samples))
             yield rows[-1]
 
     def policy(self, number: int) -> Policy:

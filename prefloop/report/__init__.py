@@ -54,5 +54,5 @@ def _subtitle(runs: Sequence[Run]) -> str:
     parts = [f"prefloop {config['command']}"] if "command" in config else []
     if isinstance(settings, Mapping):
         told = [settings.get(key) for key in ("model", "data", "objective")]
-        parts += [value for value in told if isinstance(value, str)]
+        parts += [value for value in told if isinstance(value, str) and value]
     return " \u00b7 ".join(parts)

@@ -9,7 +9,8 @@ but "title" may be left out.
                 "series": [{"name": "...", "x": [1, 2], "y": [0.5, null],
                             "low": [..], "high": [..]}]}],
      "scatters": [{"title": "...", "x_label": "KL", "y_label": "reward",
-                   "points": [{"name": "...", "x": 1, "y": 2, "x_error": 0.1, "y_error": 0.2}]}],
+                   "points": [{"name": "...", "x": 1, "y": 2, "x_error": 0.1, "y_error": 0.2,
+                               "hollow": false}]}],
      "heatmaps": [{"title": "...", "rows": ["a"], "columns": ["b"], "values": [[0.5]]}],
      "histograms": [{"title": "...", "x_label": "PVar", "values": [0.1, 0.2], "cut": 0.15}],
      "answers": [{"prompt": "...", "texts": [{"name": "before", "text": "...", "reward": 0.1}]}]}
@@ -151,13 +152,14 @@ def _scatter(value: Any, place: str) -> Scatter:
 
 
 def _point(value: Any, place: str) -> Point:
-    _fields(value, place, "name", "x", "y", "x_error", "y_error")
+    _fields(value, place, "name", "x", "y", "x_error", "y_error", "hollow")
     return Point(
         name=_text(value, "name", place),
         x=_number(value.get("x"), f"{place}: x"),
         y=_number(value.get("y"), f"{place}: y"),
         x_error=_number(value.get("x_error", 0), f"{place}: x_error"),
         y_error=_number(value.get("y_error", 0), f"{place}: y_error"),
+        hollow=value.get("hollow") is True,
     )
 
 

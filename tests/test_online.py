@@ -384,6 +384,14 @@ def test_displacement_is_the_mean_over_the_last_epoch_without_tied_steps():
 def test_a_section_survives_a_round_without_displacement(tmp_path):
     numbers = ("reward", "reward_se", "reference_reward", "reference_reward_se", "kl", "kl_se")
     numbers += ("win_rate", "win_rate_low", "win_rate_high")
-    row = dict.fromkeys(numbers, 0.5) | {"round": 1, "source": "x", "answers": 4, "labels": 2}
+    row = dict.fromkeys(numbers, 0.5) | {
+        "round": 1,
+        "source": "x",
+        "objective": "DPO(beta=0.1)",
+        "answers": 4,
+        "labels": 2,
+    }
     write_json(tmp_path / "online.section.json", section([row]))
+    (said,) = section([row, row | {"round": 2, "objective": "IPO()"}])["paragraphs"][:1]
+    assert "Minimised: DPO(beta=0.1) in round 1, IPO() in round 2." in said
     assert read_section(tmp_path / "online.section.json").tables[0].rows[0][-1] is None

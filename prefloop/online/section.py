@@ -17,11 +17,12 @@ def section(rows: Rows, samples: Rows = ()) -> Mapping[str, Any]:
     return {
         "title": "Online rounds",
         "paragraphs": [
-            f"{len(rows)} rounds of sample, score, select, train. Rewards, win rates and KL are of "
-            "the policy after each round, on held-out prompts; bands and bars are one standard "
+            f"{len(rows)} rounds of sample, score, select, train. {_minimised(rows)}"
+            "Rewards, win rates and KL are of the policy after each round, on held-out prompts; "
+            "bands and bars are one standard "
             "error over prompts to each side, those of win rates 95 % intervals. The change of "
             "training responses is the mean over the last epoch of each round, against the "
-            "reference.",
+            "reference of the objective.",
             "Each round's folder has its own page, with the training curves and the evaluation: "
             "prefloop report RUN/round-1 RUN/round-2 ...",
         ],
@@ -42,6 +43,15 @@ def section(rows: Rows, samples: Rows = ()) -> Mapping[str, Any]:
         "tables": [_table(rows)],
         "answers": [_answers(row, len(rows)) for row in samples[:SHOWN]],
     }
+
+
+def _minimised(rows: Rows) -> str:
+    """The objective, of each round where they differ."""
+    told = [row["objective"] for row in rows]
+    if len(set(told)) > 1:
+        told = [f"{one} in round {row['round']}" for one, row in zip(told, rows, strict=True)]
+        return f"Minimised: {', '.join(told)}. "
+    return f"Minimised: {told[0]}. "
 
 
 def _frontier(rows: Rows) -> dict[str, Any]:
@@ -108,7 +118,6 @@ def _table(rows: Rows) -> dict[str, Any]:
     columns = {
         "round": "round",
         "pairs from": "source",
-        "objective": "objective",
         "answers": "answers",
         "labels": "labels",
         "reward": "reward",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefloop.data import as_row, as_text, encoder, where
 from prefloop.data.blocks import ArrowBlock, Block, Sizes, blocks, is_columnar, write_tables
-from prefloop.logps import Scorer, buckets, logps_and_hidden_sums
+from prefloop.logps import TOKENS, Scorer, buckets, logps_and_hidden_sums
 from prefloop.policies import Policy
 from prefloop.policies.policy import evaluating
 from prefloop.rewards import Reward
@@ -81,7 +81,7 @@ class WithLogps:
     policy: Policy
     reference: Policy | None = None
     hidden: bool = False
-    token_budget: int = 8192
+    token_budget: int = TOKENS
     drop_overlong: bool = False
 
     @torch.no_grad()

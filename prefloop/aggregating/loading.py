@@ -10,7 +10,7 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 
-from prefloop.logps.layout import buckets, response_mask
+from prefloop.logps.layout import TOKENS, buckets, response_mask
 from prefloop.policies import Policy, load_policy
 from prefloop.policies.policy import evaluating
 from prefloop.runs import read_json, read_jsonl
@@ -55,7 +55,9 @@ class Types:
         return self.policies[index]
 
     @torch.no_grad()
-    def logps(self, rows: Sequence[Tokenized], token_budget: int = 8192) -> Float[Tensor, "Q B N"]:
+    def logps(
+        self, rows: Sequence[Tokenized], token_budget: int = TOKENS
+    ) -> Float[Tensor, "Q B N"]:
         """log pi(y|x) of each response, in nats, float64: under the reference, then each type."""
         tables = [self._reference_logps(rows, token_budget)]
         for index in range(len(self)):
@@ -110,7 +112,7 @@ def load_types(run: Path, device: torch.device | str | None = None) -> Types:
 
 @torch.no_grad()
 def response_logps(
-    policy: Policy, rows: Sequence[Tokenized], token_budget: int = 8192
+    policy: Policy, rows: Sequence[Tokenized], token_budget: int = TOKENS
 ) -> Float[Tensor, "B N"]:
     """log p(y|x) of every response of `rows`, in batches; 0 where there is none."""
     scorer = policy.scorer(None)

@@ -2,11 +2,12 @@
 
 from prefloop.logps.cache import CachedLogps, cached_reference, model_identity
 from prefloop.logps.head import chunked, exact
-from prefloop.logps.layout import buckets
+from prefloop.logps.layout import TOKENS, buckets
 from prefloop.logps.scorer import Scorer, hidden_sums, logps_and_hidden_sums, verify
 from prefloop.logps.ways import FullLogits, Masked, OneARow, PrefixShared
 
 __all__ = [
+    "TOKENS",
     "CachedLogps",
     "FullLogits",
     "Masked",

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prefloop.logps.layout import buckets, response_mask, table_shape
+from prefloop.logps.layout import TOKENS, buckets, response_mask, table_shape
 from prefloop.logps.ways import causal_model
 from prefloop.types import Logps, Tokenized, UserError, score
 
@@ -39,7 +39,7 @@ def cached_reference(
     rows: Sequence[Tokenized],
     path: Path,
     identity: str,
-    token_budget: int = 8192,
+    token_budget: int = TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> "CachedLogps":
     """What `scorer` says of `rows`, from `path`; only what is not there yet is scored.

@@ -21,6 +21,8 @@ from torch import Tensor
 from prefloop.types import Tokenized, UserError
 
 PADDING = -1
+TOKENS = 8192 if torch.accelerator.is_available() else 2048
+"""Of one forward pass where nobody says; on a CPU larger passes are fresh pages each time."""
 CALL = 64  # what one more forward pass costs, in tokens
 LONG = 2048  # padded rows longer than this count for more: their masks grow with the square
 

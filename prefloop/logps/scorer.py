@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prefloop.logps.check import difference, suitable
 from prefloop.logps.head import LogpsOf, chunked
-from prefloop.logps.layout import Sheet, buckets, lay, response_mask, table_shape
+from prefloop.logps.layout import TOKENS, Sheet, buckets, lay, response_mask, table_shape
 from prefloop.logps.ways import FullLogits, OneARow, Way, causal_model, ladder
 from prefloop.types import Logps, Tokenized, score
 
@@ -38,7 +38,7 @@ class Scorer(nn.Module):
         self,
         model: nn.Module,
         *,
-        token_budget: int | None = 8192,
+        token_budget: int | None = TOKENS,
         head: LogpsOf = chunked,
         with_collision: bool = False,
         way: Way | None = None,

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prefloop.data import encoder
 from prefloop.errors import UserError
-from prefloop.logps import Scorer
+from prefloop.logps import TOKENS, Scorer
 from prefloop.policies.settings import Lora
 from prefloop.runs import read_json, write_json
 from prefloop.types import Logps, Tokenized, score
@@ -81,7 +81,7 @@ class Policy:
             stops.add(self.tokenizer.eos_token_id)
         return frozenset(stops)
 
-    def scorer(self, token_budget: int | None = 8192, with_collision: bool = False) -> Scorer:
+    def scorer(self, token_budget: int | None = TOKENS, with_collision: bool = False) -> Scorer:
         """The module that gives log-probabilities of responses under this policy.
 
         Args:
@@ -112,7 +112,9 @@ class Policy:
                 "before training and keep the numbers"
             )
 
-    def reference_logps(self, batch: Sequence[Tokenized], token_budget: int | None = 8192) -> Logps:
+    def reference_logps(
+        self, batch: Sequence[Tokenized], token_budget: int | None = TOKENS
+    ) -> Logps:
         """log pi_ref of the responses of `batch`, without a gradient, dropout off."""
         with torch.no_grad(), self.reference() as model, evaluating(model):
             return score(Scorer(model, token_budget=token_budget), batch)

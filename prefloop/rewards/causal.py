@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from prefloop.data import encoder
 from prefloop.errors import UserError
-from prefloop.logps import Scorer
+from prefloop.logps import TOKENS, Scorer
 from prefloop.logps.layout import Sheet, buckets, table_shape
 from prefloop.logps.ways import FullLogits, OneARow, Way
 from prefloop.policies import Policy
 from prefloop.policies.policy import evaluating
 from prefloop.rewards.scoring import Prompt
 from prefloop.types import Comparison, Tokenized, score
-
-TOKENS = 8192  # of one forward pass, where the caller does not say
 
 
 class RewardScorer(nn.Module):

@@ -393,6 +393,7 @@ def test_overlap_is_the_share_of_what_the_first_keeps():
 def test_explain_shows_both_ends_and_hides_nothing_a_model_wrote(tmp_path, capsys):
     hostile = "\x1b[2J\u202egnp.exe\nsecond line"
     rows = [{**one, "prompt": f"{hostile} {at}"} for at, one in enumerate(ROWS)]
+    rows[1]["responses"] = ["", "answer 1"]
     source = lines(tmp_path / "d.jsonl", rows)
     words = ["select", "--data", str(source), "--out", str(tmp_path / "o"), "--explain"]
     assert main([*words, "--also", "RewardGap()", "--quota", "topic=2"]) == 0
@@ -402,6 +403,7 @@ def test_explain_shows_both_ends_and_hides_nothing_a_model_wrote(tmp_path, capsy
     assert "\u241b[2J[U+202E]gnp.exe second line 1" in said
     assert said.count("left out: beyond the cut") == 1 + 5  # counted once, then five examples
     assert "    best    answer 1\n    worst   answer 0\n" in said
+    assert "    best    answer 1\n    worst   (says nothing)\n" in said
     for part in ("most wanted:", "last kept:", "first left out:", "least wanted:", "RewardGap()"):
         assert part in said
     assert main([*words, "--also", "RewardGap()", "--quota", "topic=2", "--resume"]) == 0

@@ -51,7 +51,11 @@ def _example(example: Mapping[str, Any]) -> list[str]:
         for name, value in example["measures"].items()
     )
     lines = [f"  row {example['row']}: {_line(example['prompt'])}"]
-    lines += [f"    {end:<8}{_line(example[end])}" for end in ("best", "worst") if example.get(end)]
+    lines += [
+        f"    {end:<8}{_line(example[end]) or '(says nothing)'}"
+        for end in ("best", "worst")
+        if example.get(end) is not None
+    ]
     lines += [f"    rewards {rewards}"] if rewards else []
     lines += [f"    {measures}"] if measures else []
     return [*lines, f"    {visible(example['reason'])}"]

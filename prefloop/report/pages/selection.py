@@ -13,6 +13,7 @@ PRICED = {
     "responses": "one for each answer to a prompt that is kept",
     "prompt": "one for each prompt that is kept",
 }
+ENDS = ("best", "worst")
 NEEDED = ("rule", "kept", "total", "values", "why", "examples")
 
 
@@ -80,11 +81,12 @@ def _groups(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _examples(title: str, examples: Sequence[Mapping[str, Any]]) -> Table:
-    ends = [end for end in ("best", "worst") if any(example.get(end) for example in examples)]
+    known = [end for example in examples for end in ENDS if example.get(end) is not None]
+    ends = [end for end in ENDS if end in known]
     rows = tuple(
         (
             shorten(example["prompt"], 160),
-            *(shorten(example.get(end) or "", 160) for end in ends),
+            *(shorten(example.get(end) or "(says nothing)", 160) for end in ends),
             ", ".join(number(value, 3) for value in example.get("rewards") or ()),
             example["score"],
             example["reason"],
@@ -105,7 +107,7 @@ def _overlap(found: Mapping[str, Any]) -> list[Heatmap]:
         Heatmap(
             title="What the rules agree on",
             rows=rules,
-            columns=rules,
+            columns=tuple(rule.split("(")[0] for rule in rules),  # no two have one name
             values=tuple(tuple(row) for row in overlap),
             note=(
                 "Of the prompts that the rule of the row keeps, the share that the rule of the "

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
@@ -24,6 +25,7 @@ from prefloop.reward_training import (
     RewardTraining,
     judged,
 )
+from prefloop.reward_training import run as run_module
 from prefloop.rewards import Ensemble, RewardModel, load_reward, load_trained, score
 from prefloop.rewards.causal import RewardScorer, new_head
 from prefloop.rewards.encoders import Vectors, embed, load_encoder
@@ -314,6 +316,45 @@ def test_the_command_trains_an_ensemble_of_adapters(tmp_path, model_folder):
         tokens = list(encoder(policy.tokenizer).encode([row]))
         alone = rewards_of(RewardScorer(policy.scorer(), head), tokens).sum[0].tolist()
     assert [values[1] for values in row.ensemble] == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.fixture
+def another_precision():
+    """Accelerate keeps the first precision of a process; forget it, as a new process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda: AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_reward_is_measured_in_the_precision_that_it_was_trained_in(
+    tmp_path, model_folder, monkeypatch, another_precision
+):
+    asked = []
+
+    def watched(reward, rows):
+        found = ask(reward, rows)
+        asked.append(found.margins[0].tolist())
+        return found
+
+    ask = run_module._asked
+    monkeypatch.setattr(run_module, "_asked", watched)
+    data, run = told(planted(12), tmp_path / "data.jsonl"), tmp_path / "run"
+    words = ["--out", str(run), "--model", str(model_folder), "--held-out-share", "0"]
+    loop = ["--batch-size", "6", "--lora-rank", "2", "--precision", "bf16"]
+    assert main(["reward", "--data", str(data), *words, *loop]) == 0
+
+    def margins(precision: str) -> list[float]:
+        words = ["--out", str(tmp_path / precision), "--reward", str(run)]
+        assert main(["score", "--data", str(data), *words, "--precision", precision]) == 0
+        scored = read_jsonl(tmp_path / precision / "scored.jsonl")
+        pairs = ((row["scores"], row["rank"]) for row in scored)
+        return [(a - b) * (1 if rank[0] < rank[1] else -1) for (a, b), rank in pairs]
+
+    assert asked[0] == pytest.approx(margins("bf16"), abs=1e-6)
+    another_precision()
+    whole = margins("no")
+    assert asked[0] != pytest.approx(whole, abs=1e-4)
+    assert asked[0] == pytest.approx(whole, abs=0.05)
 
 
 # Mistakes

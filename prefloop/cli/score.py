@@ -46,6 +46,8 @@ class Score:
     """With --learning-order: of the DPO loss."""
     lora_rank: int = 16
     """With --learning-order: rank of the adapter that is trained; 0 trains the whole model."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward passes, by Accelerate; of a --reward, use what it was trained in."""
     loop: Annotated[TrainSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainSettings)
     resume: bool = False
     """Go on with the run in --out."""
@@ -58,6 +60,7 @@ class Score:
         from prefloop.runs import start_run
         from prefloop.scoring import score_file
         from prefloop.shares import this_worker
+        from prefloop.trainer.build import accelerator_for
 
         self._refuse_nothing()
         next(iterate(self.data), None)  # before a model is loaded and a folder made
@@ -68,7 +71,8 @@ class Score:
         worker.wait()
         if self.learning_order:
             columns.append(self._learning_order())
-        with progress("scoring rows", None) as step:
+        autocast = accelerator_for((), self.out, self.precision).autocast()
+        with progress("scoring rows", None) as step, autocast:
             done = score_file(self.data, self.out, columns, worker, step)
         if worker.leads:
             reward = "" if done["reward"] is None else f", mean reward {done['reward']:.4f}"
@@ -126,7 +130,7 @@ class Score:
             model=self.learning_order,
             adapter=Lora(rank=self.lora_rank) if self.lora_rank else None,
             settings=replace(self.loop, eval_every=0),
-            accelerator=accelerator_for((), self.out, "no"),
+            accelerator=accelerator_for((), self.out, self.precision),
             beta=self.beta,
             seeds=self.fits,
             most=self.fit_rows,

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +97,10 @@ class CausalBackbone:
             _save(policy, self.accelerator.unwrap_model(scorer), folder)
         self.accelerator.wait_for_everyone()
         return metrics
+
+    def asking(self) -> AbstractContextManager[Any]:
+        """The autocast of training."""
+        return self.accelerator.autocast()
 
     def _policy(self, seed: int) -> Policy:
         policy = load_policy(

@@ -7,6 +7,7 @@ number (length) and hundreds (a product of embeddings) weigh alike before the da
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,10 @@ class EncoderBackbone:
             "identity": self.encoder.identity,
             "features": list(self.features),
         }
+
+    def asking(self) -> AbstractContextManager[None]:
+        """Nothing special: heads are trained and asked in float64."""
+        return nullcontext()
 
     def readable(self, rows: Sequence[Comparison]) -> list[Comparison]:
         """All of the rows: an encoder reads any text, and cuts a long one."""

@@ -8,6 +8,7 @@ run/flips.jsonl      every training row with the probability that its label is f
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -43,6 +44,10 @@ class Backbone(Protocol):
         self, rows: Sequence[Comparison], held_out: Sequence[Comparison], folder: Path, seed: int
     ) -> Mapping[str, int | float]:
         """Train on `rows` by their weights, save as `folder`; numbers of the result."""
+        ...
+
+    def asking(self) -> AbstractContextManager[Any]:
+        """Inside it the finished model is asked, in the precision that it was trained in."""
         ...
 
 
@@ -89,7 +94,8 @@ class RewardTraining:
         names = [f"member-{number + 1}" for number in range(self.members)]
         write_json(self.out / "reward" / FILE, {**self.backbone.describe(), "members": names})
         self._write_metrics(summaries)
-        return self._measure(load_trained(self.out / "reward"), rows, held_out, drawn == 0)
+        with self.backbone.asking():
+            return self._measure(load_trained(self.out / "reward"), rows, held_out, drawn == 0)
 
     def _member(
         self, number: int, rows: Sequence[Comparison], held_out: Sequence[Comparison]

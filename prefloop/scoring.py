@@ -87,7 +87,7 @@ class WithLogps:
     @torch.no_grad()
     def __call__(self, rows: Sequence[Comparison]) -> list[Comparison]:
         """The rows with these columns."""
-        tokenized = self._tokenized(rows)
+        tokenized = encoder(self.policy.tokenizer).as_answers(rows)
         context = self.policy.context
         if self.drop_overlong and context is not None:
             fits = [_longest(row) <= context for row in tokenized]
@@ -100,21 +100,6 @@ class WithLogps:
             for at, columns in zip(part, self._columns(batch), strict=True):
                 found[at] = _with(rows[at], columns)
         return [row for row in found if row is not None]
-
-    def _tokenized(self, rows: Sequence[Comparison]) -> list[Tokenized]:
-        """The rows in tokens; unlike in training, saying nothing is an answer."""
-        coder = encoder(self.policy.tokenizer)
-        texts = list(dict.fromkeys(text for row in rows for text in row.responses))
-        ids = dict(zip(texts, coder.responses(texts), strict=True))
-        return [
-            Tokenized(
-                prompt=prompt,
-                responses=coder.closed(row, ids),
-                id=row.id,
-                place=row.place,
-            )
-            for row, prompt in zip(rows, coder.prompts(rows), strict=True)
-        ]
 
     def _columns(self, batch: Sequence[Tokenized]) -> Iterator[dict[str, Any]]:
         """For each row of a batch what is added to it."""

@@ -146,6 +146,14 @@ def test_a_causal_model_learns_what_is_planted_and_is_read_back(tmp_path, model_
         assert row.ensemble is None  # of one
 
 
+def test_saying_nothing_has_a_reward(tmp_path, model_folder):
+    training = RewardTraining(backbone=causal(model_folder), members=1, seed=0, out=tmp_path)
+    training(planted(4), [])
+    (row,) = score([Comparison("w1 w2", ("", "w3"))], load_reward(str(tmp_path)))
+    assert row.scores is not None
+    assert len(set(row.scores)) == 2
+
+
 def test_a_reward_is_read_at_the_end_of_a_turn_also_of_a_cut_answer(tmp_path, model_folder):
     backbone = causal(model_folder)
     cut = [replace(row, finished=(False, True)) for row in planted(4)]

@@ -151,6 +151,18 @@ class Encoder:
                 ensemble=comparison.ensemble,
             )
 
+    def as_answers(self, comparisons: Sequence[Comparison]) -> list[Tokenized]:
+        """Each comparison in tokens, to be scored and not trained on: saying nothing is an answer.
+
+        Prompt, responses, id and place only.
+        """
+        texts = list(dict.fromkeys(text for row in comparisons for text in row.responses))
+        ids = dict(zip(texts, self.responses(texts), strict=True))
+        return [
+            Tokenized(prompt=prompt, responses=self.closed(row, ids), id=row.id, place=row.place)
+            for row, prompt in zip(comparisons, self.prompts(comparisons), strict=True)
+        ]
+
     def closed(
         self, comparison: Comparison, ids: Mapping[str, tuple[int, ...]]
     ) -> tuple[tuple[int, ...], ...]:

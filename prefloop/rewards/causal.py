@@ -109,12 +109,12 @@ class CausalMembers:
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
     ) -> list[tuple[tuple[float, ...], ...]]:
-        """K rewards for each response of each prompt."""
+        """K rewards for each response of each prompt; one without text is its end of turn."""
         comparisons = [
             Comparison(prompt=prompt, responses=tuple(texts), id=f"prompt {number}")
             for number, (prompt, texts) in enumerate(zip(prompts, responses, strict=True), 1)
         ]
-        rows = list(encoder(self.policies[0].tokenizer).encode(comparisons))
+        rows = encoder(self.policies[0].tokenizer).as_answers(comparisons)
         _refuse_too_long(rows, self.policies[0].context)
         tables = [self._rewards(member, rows) for member in range(len(self.heads))]
         return [
@@ -140,6 +140,8 @@ class CausalMembers:
 
 def _refuse_too_long(rows: Sequence[Tokenized], context: int | None) -> None:
     for row in rows:
+        if not row.prompt:
+            raise UserError(f"{row.id}: the prompt has no token for this reward; drop the row")
         longest = len(row.prompt) + max(map(len, row.responses))
         if context is not None and longest > context:
             raise UserError(

@@ -172,9 +172,11 @@ class Training:
             scorer, self.objective, reference, self.settings, self.accelerator, self.gradient
         )
         metrics = fit(trainer, rows, held_out, self.out, self.on_step)
-        self.accelerator.wait_for_everyone()
+        weights = trainer.engine.weights(frozen=self.policy.adapter is None)
         if self.accelerator.is_main_process:
-            self.policy.save(self.out / "policy")
+            own = {name.removeprefix("model."): value for name, value in weights.items()}
+            self.policy.save(self.out / "policy", own)
+        self.accelerator.wait_for_everyone()
         return metrics
 
 

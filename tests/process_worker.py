@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from prefloop.logps import Scorer, cached_reference
 from prefloop.objectives import DPO
 from prefloop.settings import TrainSettings
-from prefloop.trainer import build_trainer, checkpoint, fit
+from prefloop.trainer import build_trainer, fit
 
 
 def main(out: Path, kind: str, steps: int) -> None:
@@ -44,10 +44,9 @@ def main(out: Path, kind: str, steps: int) -> None:
     sharded = any(isinstance(value, DTensor) for value in trainer.scorer.parameters())
     assert sharded == (kind == "fsdp"), f"asked for {kind}, sharded: {sharded}"
     metrics = fit(trainer, rows, rows[:5], out)
-    whole = accelerator.unwrap_model(trainer.scorer)
-    state = checkpoint.gather(whole, trainer.optimizer)
+    weights = trainer.engine.whole().model
     if accelerator.is_main_process:
-        save_file(state["model"], out / "weights.safetensors")
+        save_file(weights, out / "weights.safetensors")
         (out / "last.json").write_text(json.dumps(metrics))
     accelerator.end_training()
 

@@ -43,7 +43,7 @@ def main(out: Path) -> None:
         scorer = Scorer(model, head=exact)
         trainer = build_trainer(scorer, DPO(), reference, settings, accelerator, gradient)
         metrics = trainer.step(rows, 0, 0.0)
-        inner = accelerator.unwrap_model(trainer.scorer)
+        inner = trainer.engine.bare
         flat = torch.cat([value.grad.flatten() for value in inner.parameters()])
         found[type(solver).__name__] = (flat, metrics)
     if accelerator.is_main_process:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -154,18 +154,22 @@ class Policy:
             )
         self.model.set_adapter(name)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write weights (safetensors), tokenizer and generation settings, whole or not at all.
 
         With an adapter only the adapter in use is written. The folder is what `transformers` or
         `peft` load with `from_pretrained`, and `load_policy` too. An earlier one is replaced.
+
+        Args:
+            folder: what is written.
+            weights: by the model's own names, where the model here does not hold them whole.
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
             part.chmod(0o755)
-            self._write_weights(part)
+            self._write_weights(part, weights)
             self.tokenizer.save_pretrained(part)
             self._write_generation_config(part)
             shutil.rmtree(folder, ignore_errors=True)
@@ -173,16 +177,17 @@ class Policy:
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def _write_weights(self, folder: Path) -> None:
+    def _write_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        given: dict[str, Any] = {} if weights is None else {"state_dict": weights}
         if not isinstance(self.model, PeftModel):
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, **given)
             return
         name = active_adapter(self.model)
         self.model.peft_config[name].base_model_name_or_path = self.name
         # peft writes the adapter "default" into the folder itself and any other one level below;
         # it would look for base models on the hub to decide about embeddings, which we never train.
         self.model.save_pretrained(
-            str(folder), selected_adapters=[name], save_embedding_layers=False
+            str(folder), selected_adapters=[name], save_embedding_layers=False, **given
         )
         if name != DEFAULT_ADAPTER:
             for file in (folder / name).iterdir():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefloop.data import Empty, Overlong, has_empty, tokenize
@@ -92,9 +93,9 @@ class CausalBackbone:
         train, _ = tokenize(_closed(rows), policy.tokenizer)
         held, _ = tokenize(_closed(held_out), policy.tokenizer)
         metrics = fit(trainer, train, held, folder / "training", self.on_step)
-        self.accelerator.wait_for_everyone()
+        weights = trainer.engine.weights(frozen=policy.adapter is None)
         if self.accelerator.is_main_process:
-            _save(policy, self.accelerator.unwrap_model(scorer), folder)
+            _save(policy, weights, folder)
         self.accelerator.wait_for_everyone()
         return metrics
 
@@ -119,13 +120,14 @@ def _closed(rows: Sequence[Comparison]) -> list[Comparison]:
     return [replace(row, finished=None) for row in rows]
 
 
-def _save(policy: Policy, scorer: RewardScorer, folder: Path) -> None:
+def _save(policy: Policy, weights: Mapping[str, Tensor], folder: Path) -> None:
     """The model and its head, and no checkpoint any more: a member is whole or not there."""
     training, part = folder / "training", folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    policy.save(part)
-    weight = scorer.head.weight.detach().float().cpu().contiguous()
-    save_file({"weight": weight}, part / HEAD)
+    inside = "engine.model."  # where a `RewardScorer` has the model
+    own = {name.removeprefix(inside): weights[name] for name in weights if name.startswith(inside)}
+    policy.save(part, own)
+    save_file({"weight": weights["head.weight"].float().cpu().contiguous()}, part / HEAD)
     shutil.copyfile(training / "metrics.jsonl", part / "metrics.jsonl")
     shutil.rmtree(folder)
     part.rename(folder)

@@ -81,7 +81,7 @@ class StableGradient:
     _past: Past = field(default_factory=Past, init=False, repr=False, compare=False)
 
     def __call__(self, trainer: Trainer, passes: Passes) -> Totals:
-        scorer = trainer.accelerator.unwrap_model(trainer.scorer)
+        scorer = trainer.engine.bare
         params = trainable(scorer)
         shown = None
         if self.demonstrations is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from prefloop.objectives import Objective
 from prefloop.settings import TrainSettings
+from prefloop.trainer.engine import Accelerated
 from prefloop.trainer.loop import Gradient, Reference, Trainer, backward
 from prefloop.types import UserError
 
@@ -36,8 +37,7 @@ def build_trainer(
     # Together: sharding replaces the parameters, and the optimizer must follow.
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     return Trainer(
-        scorer=scorer,
-        optimizer=optimizer,
+        engine=Accelerated(scorer, optimizer, accelerator),
         objective=objective,
         reference=reference,
         settings=settings,

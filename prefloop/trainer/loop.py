@@ -8,17 +8,16 @@ data. Bilevel training, EM and online training are outer loops around it.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from prefloop.objectives import Objective
 from prefloop.settings import TrainSettings
+from prefloop.trainer.engine import Engine
 from prefloop.trainer.metrics import ROUNDING, Totals, add_totals, batch_totals, means
 from prefloop.trainer.plan import (
     batch_indices,
@@ -76,17 +75,15 @@ class Trainer:
     """A policy in training.
 
     Attributes:
-        scorer: the policy, trained in place; prepared by `accelerator` when it is handed in.
-        optimizer: over the trainable parameters of `scorer`, prepared likewise.
+        engine: the policy, trained in place, and what moves it.
         objective: what is minimised.
         reference: log-probabilities of the reference policy, or None for objectives without one.
         settings: the numbers of the loop.
-        accelerator: devices, processes and precision.
+        accelerator: devices and processes.
         gradient: how `.grad` is filled; the bilevel solvers bring their own.
     """
 
-    scorer: nn.Module
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     objective: Objective
     reference: Reference | None
     settings: TrainSettings
@@ -106,6 +103,11 @@ class Trainer:
                 f"divided over {self.accelerator.num_processes} processes. Use one process."
             )
 
+    @property
+    def scorer(self) -> nn.Module:
+        """What forward passes go through."""
+        return self.engine.scorer
+
     def step(self, batch: Sequence[Tokenized], number: int, lr: float) -> Metrics:
         """One optimizer step on the mean loss over the comparisons of the global `batch`.
 
@@ -119,18 +121,13 @@ class Trainer:
             parts = forward_passes(batch, processes, self.settings.token_budget)[rank]
         passes = Passes(parts, min(batch, key=tokens), processes / len(batch), number)
         self.scorer.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.begin()
         with seeded(derived_seed(self.settings.seed, 1 + number, rank), self.accelerator.device):
             totals = self.gradient(self, passes)
-        norm = self.accelerator.clip_grad_norm_(
-            self.scorer.parameters(), self.settings.max_grad_norm
-        )
-        norm = _plain_number(norm)
+        norm = self.engine.clip(self.settings.max_grad_norm)
         metrics = means(self.reduced(totals))
         self._refuse_non_finite(metrics["loss"], norm, batch, number)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.engine.move(lr)
         return metrics | {"grad_norm": norm, "learning_rate": lr}
 
     @torch.no_grad()
@@ -181,7 +178,7 @@ class Trainer:
     ) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.begin()
         self.scorer.eval()
         bad = [] if math.isfinite(loss) else [row for row in batch if not self._finite(row)]
         places = ", ".join(row.place or row.id for row in (bad or batch)[:5])
@@ -200,8 +197,7 @@ def backward(trainer: Trainer, passes: Passes) -> Totals:
     """The plain gradient: every pass adds its share of the mean over the global batch."""
     totals: Totals = {}
     for number, part in enumerate(passes.parts):
-        last = number == len(passes.parts) - 1
-        with nullcontext() if last else trainer.accelerator.no_sync(trainer.scorer):
+        with trainer.engine.one_pass(last=number == len(passes.parts) - 1):
             policy = score(trainer.scorer, part or [passes.filler])
             if part:
                 losses, counted = trainer.losses(part, policy)
@@ -209,7 +205,7 @@ def backward(trainer: Trainer, passes: Passes) -> Totals:
                 loss = losses.sum() * passes.scale
             else:
                 loss = policy.token.sum() * 0.0
-            trainer.accelerator.backward(loss)
+            trainer.engine.backward(loss)
     return totals
 
 
@@ -251,11 +247,3 @@ class seeded:
 
     def __exit__(self, *error: object) -> None:
         self._fork.__exit__(None, None, None)
-
-
-def _plain_number(norm: torch.Tensor | float | None) -> float:
-    """The norm as a float; a sharded one is gathered first."""
-    if norm is None:
-        return 0.0
-    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return float(whole)

@@ -64,7 +64,7 @@ def fit(
     log, saved = folder / "metrics.jsonl", folder / "checkpoint"
     done = 0
     if checkpoint.finished(saved):
-        done = checkpoint.load(saved, _bare(trainer), trainer.optimizer)
+        done = checkpoint.load(saved, trainer.engine)
         _look_back(trainer, checkpoint.remembered(saved))
     metrics = _rewind(trainer, log, done)
     save_every = trainer.settings.save_every or max(1, total // 10)
@@ -124,7 +124,7 @@ def _log_evaluation(
 
 
 def _save(trainer: Trainer, folder: Path, step: int) -> None:
-    state = checkpoint.gather(_bare(trainer), trainer.optimizer)
+    state = trainer.engine.whole()
     gradient = trainer.gradient
     remembered = gradient.remembered() if isinstance(gradient, Remembering) else {}
     if trainer.accelerator.is_main_process:
@@ -135,11 +135,6 @@ def _save(trainer: Trainer, folder: Path, step: int) -> None:
 def _look_back(trainer: Trainer, remembered: Mapping[str, float]) -> None:
     if isinstance(trainer.gradient, Remembering) and remembered:
         trainer.gradient.remember(remembered)
-
-
-def _bare(trainer: Trainer) -> torch.nn.Module:
-    """The scorer without what Accelerate wrapped around it, so that names do not depend on it."""
-    return trainer.accelerator.unwrap_model(trainer.scorer)
 
 
 def _rewind(trainer: Trainer, log: Path, step: int) -> Metrics:

@@ -48,7 +48,7 @@ def test_a_row_longer_than_the_budget_decides():
 
 def test_sharding_divides_weights_and_moments_but_not_activations():
     alone = estimate(Wide(), rows(8), TrainSettings(batch_size=2, token_budget=10))
-    both = estimate(Wide(), rows(8), TrainSettings(batch_size=2, token_budget=10), 2, sharded=True)
+    both = estimate(Wide(), rows(8), TrainSettings(batch_size=2, token_budget=10), 2, (2, 2))
     assert both.weights == alone.weights // 2
     assert both.training == alone.training // 2
     assert both.activations == alone.activations

@@ -12,10 +12,11 @@ from prefloop.logps import Scorer
 from prefloop.objectives import DPO, SFT, PlackettLuce
 from prefloop.runs import read_jsonl
 from prefloop.tabular import TabularPolicy, comparison_rows
-from prefloop.trainer import NonFiniteError, TrainSettings, build_trainer, fit
-from prefloop.trainer.build import refuse_deepspeed, refuse_unsharded
+from prefloop.trainer import NonFiniteError, TrainSettings, build, build_trainer, fit
+from prefloop.trainer.build import refuse_unsharded
 from prefloop.trainer.loop import global_batch, rows_seen, total_steps
 from prefloop.trainer.plan import batch_indices, derived_seed, forward_passes, shares
+from prefloop.trainer.zero import zero_config
 from prefloop.types import Logps, Tokenized, UserError, score
 
 PROMPTS, ANSWERS = 5, 4
@@ -280,10 +281,54 @@ def test_the_rows_a_run_sees_are_those_of_its_steps(steps):
     assert rows_seen(13, settings) == sorted(stepped)
 
 
-def test_deepspeed_is_refused_with_what_shards_instead():
-    with pytest.raises(UserError, match="FSDP2 shards the same"):
-        refuse_deepspeed(DistributedType.DEEPSPEED)
-    refuse_deepspeed(DistributedType.FSDP)
+ZERO = {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+
+
+def test_a_deepspeed_config_is_filled_from_the_settings():
+    settings = TrainSettings(batch_size=32, max_grad_norm=0.5)
+    config = zero_config(
+        ZERO | {"gradient_clipping": 0.5, "bf16": {"enabled": "auto"}}, settings, 8
+    )
+    assert config["zero_optimization"] == {"stage": 2}  # what nobody says is DeepSpeed's default
+    assert config["bf16"] == {}
+    assert config["gradient_clipping"] == 0.5
+    # A pass is a "sample" to it: the loss of a pass is a share of the global batch already.
+    assert config["train_batch_size"] == 8
+    assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
+    assert zero_config(ZERO | {"train_batch_size": 32}, settings, 8)["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_batch_size": 64}, "train_batch_size is 64, but --batch-size is 32"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping is 2.0, but --max-grad-norm is 1.0"),
+        (
+            {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps is 4, but --token-budget",
+        ),
+        ({"train_micro_batch_size_per_gpu": 4}, "size_per_gpu is 4, but .* by --token-budget"),
+        ({"optimizer": {"type": "Adam"}}, "the optimizer is AdamW with --lr"),
+        ({"scheduler": {"type": "WarmupLR"}}, "follows --lr, --schedule and --warmup"),
+        ({"zero_optimization": {"stage": 0}}, "ZeRO stage is 0, allowed are"),
+        ({"fp16": {"enabled": True}}, "fp16 is on: .* skips steps.*--precision bf16"),
+        ({"bf16": {"enabled": True}}, "bf16 is on: .*--precision bf16"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            'offload_param to "nvme" is not supported',
+        ),
+    ],
+)
+def test_a_deepspeed_config_that_contradicts_is_refused_by_name(given, message):
+    with pytest.raises(UserError, match=message):
+        zero_config(ZERO | given, TrainSettings(), 8)
+
+
+def test_deepspeed_that_is_asked_for_and_not_there_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(build, "is_deepspeed_available", lambda: False)
+    with pytest.raises(UserError, match=r"pip install 'prefloop\[deepspeed\]'"):
+        build.accelerator_for((), tmp_path, "no")
 
 
 def test_a_launcher_that_asks_for_sharding_where_there_is_none_is_refused():

@@ -255,16 +255,11 @@ class Train:
     def _memory(
         self, policy: "Policy", rows: list["Tokenized"], accelerator: "Accelerator"
     ) -> "Memory":
-        from accelerate import DistributedType
-
+        from prefloop.trainer.build import divided
         from prefloop.trainer.memory import estimate
 
         return estimate(
-            policy.scorer(None),
-            rows,
-            self.loop,
-            accelerator.num_processes,
-            sharded=accelerator.distributed_type == DistributedType.FSDP,
+            policy.scorer(None), rows, self.loop, accelerator.num_processes, divided(accelerator)
         )
 
 

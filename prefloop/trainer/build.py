@@ -3,15 +3,18 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType
+from accelerate.utils import is_deepspeed_available
 from torch import nn
 
 from prefloop.objectives import Objective
 from prefloop.settings import TrainSettings
-from prefloop.trainer.engine import Accelerated
+from prefloop.trainer.engine import Accelerated, Engine
 from prefloop.trainer.loop import Gradient, Reference, Trainer, backward
+from prefloop.trainer.zero import start_zero, zero_config
 from prefloop.types import UserError
 
 
@@ -34,16 +37,34 @@ def build_trainer(
         weight_decay=settings.weight_decay,
         fused=True,  # one pass over the weights instead of ten, on CPUs too
     )
-    # Together: sharding replaces the parameters, and the optimizer must follow.
-    scorer, optimizer = accelerator.prepare(scorer, optimizer)
     return Trainer(
-        engine=Accelerated(scorer, optimizer, accelerator),
+        engine=_engine(scorer, optimizer, settings, accelerator, gradient),
         objective=objective,
         reference=reference,
         settings=settings,
         accelerator=accelerator,
         gradient=gradient,
     )
+
+
+def _engine(
+    scorer: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    gradient: Gradient,
+) -> Engine:
+    given = zero_asked(accelerator)
+    if given is None:
+        # Together: sharding replaces the parameters, and the optimizer must follow.
+        scorer, optimizer = accelerator.prepare(scorer, optimizer)
+        return Accelerated(scorer, optimizer, accelerator)
+    if gradient is not backward:
+        raise UserError(
+            "the bilevel solvers fill gradients, which DeepSpeed keeps to itself; use torchrun "
+            "without DeepSpeed, or the objective Stable(pull=SafeRegionEach())"
+        )
+    return start_zero(scorer, optimizer, zero_config(given, settings, accelerator.num_processes))
 
 
 def accelerator_for(trackers: tuple[str, ...], folder: Path, precision: str) -> Accelerator:
@@ -54,41 +75,72 @@ def accelerator_for(trackers: tuple[str, ...], folder: Path, precision: str) -> 
         folder: where trackers that write files put them.
         precision: "no", "bf16" or "fp16" autocast.
     """
+    plugin = _deepspeed(precision) if _asked("ACCELERATE_USE_DEEPSPEED", os.environ) else None
     try:
         accelerator = Accelerator(
             # Without this, processes on a machine without an accelerator do not find each other.
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=precision,
+            mixed_precision=precision if plugin is None else "no",
             log_with=list(trackers) or None,
             project_dir=folder,
+            deepspeed_plugin=plugin,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"--trackers or --precision cannot be used here: {error}") from error
-    refuse_deepspeed(accelerator.distributed_type)
+    if plugin is not None:
+        accelerator.state.deepspeed_plugins = plugin  # Accelerate forgets it on CPUs
     refuse_unsharded(accelerator.distributed_type, os.environ)
     return accelerator
 
 
-def refuse_deepspeed(kind: DistributedType) -> None:
-    """Refuse an engine that steps the optimizer inside backward.
+def zero_asked(accelerator: Accelerator) -> Mapping[str, Any] | None:
+    """DeepSpeed's configuration as it was passed through, or None where it is not asked for."""
+    plugin: Any = accelerator.state.deepspeed_plugins
+    return None if plugin is None else plugin.deepspeed_config
 
-    There a loss or gradient that is no number would reach the weights before it is seen, and its
-    checkpoints are pickles.
-    """
-    if kind == DistributedType.DEEPSPEED:
+
+def divided(accelerator: Accelerator) -> tuple[int, int]:
+    """Over how many processes the weights are divided, and over how many AdamW's moments."""
+    processes = accelerator.num_processes
+    given = zero_asked(accelerator)
+    if given is not None:
+        stage = given.get("zero_optimization", {}).get("stage", 0)
+        return (processes if stage == 3 else 1), processes
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    return (processes, processes) if sharded else (1, 1)
+
+
+def _deepspeed(precision: str) -> DeepSpeedPlugin:
+    """What the launcher passed through, with autocast as `precision` says."""
+    if not is_deepspeed_available():
         raise UserError(
-            "DeepSpeed moves the weights inside its backward pass, before a loss or gradient that "
-            "is no number can be refused, and keeps checkpoints as pickles; it is not supported. "
-            "FSDP2 shards the same things: accelerate launch --use_fsdp --fsdp_version 2"
+            "the launcher asks for DeepSpeed, which is not installed: pip install "
+            "'prefloop[deepspeed]', or launch without --use_deepspeed"
         )
+    if precision == "fp16":
+        raise UserError(
+            "--precision fp16 under DeepSpeed skips steps whose gradient overflows; use bf16 or no"
+        )
+    # Weights are divided when the run starts, not when they are loaded: the reference is scored
+    # before, by the whole model.
+    plugin = DeepSpeedPlugin(zero3_init_flag=False)
+    if precision == "bf16":
+        plugin.deepspeed_config.setdefault(
+            "torch_autocast",
+            {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        )
+    return plugin
 
 
 def refuse_unsharded(kind: DistributedType, environment: Mapping[str, str]) -> None:
     """Refuse a run that was launched to be sharded and would not be."""
-    asked = environment.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true", "yes"}
-    if asked and kind != DistributedType.FSDP:
+    if _asked("ACCELERATE_USE_FSDP", environment) and kind != DistributedType.FSDP:
         raise UserError(
             "the launcher asks for FSDP, but Accelerate shards on GPUs and other accelerators only "
             "and there is none here; every process would hold the whole model. Launch without "
             "--use_fsdp"
         )
+
+
+def _asked(name: str, environment: Mapping[str, str]) -> bool:
+    return environment.get(name, "").lower() in {"1", "true", "yes"}

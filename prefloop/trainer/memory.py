@@ -52,7 +52,7 @@ def estimate(
     rows: Sequence[Tokenized],
     settings: TrainSettings,
     processes: int = 1,
-    sharded: bool = False,
+    divided: tuple[int, int] = (1, 1),
 ) -> Memory:
     """What an optimizer step will need, from a forward pass over one short row.
 
@@ -65,19 +65,19 @@ def estimate(
         rows: everything that will be trained on.
         settings: batch size and token budget.
         processes: over which the batch is divided.
-        sharded: whether weights and moments are divided too (FSDP, DeepSpeed ZeRO-3).
+        divided: over how many processes the weights are, and the gradients and moments: FSDP2 and
+            ZeRO 3 divide both, ZeRO 2 the second, ZeRO 1 all of that but gradients, counted as 2.
     """
     if not rows:
         raise UserError("there is nothing to train on: no comparison is left")
     probe = _probe(rows)
     kept = _kept(scorer, probe)
     largest = _largest_pass(rows, settings, processes)
-    held = processes if sharded else 1
     weights = sum(_bytes(value) for value in scorer.parameters())
     trained = sum(_bytes(value) for value in scorer.parameters() if value.requires_grad)
     return Memory(
-        weights=weights // held,
-        training=ADAMW_STATE * trained // held,
+        weights=weights // divided[0],
+        training=ADAMW_STATE * trained // divided[1],
         activations=round(kept * largest / sum(map(tokens, probe))),
         pass_tokens=largest,
     )

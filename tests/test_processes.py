@@ -63,9 +63,11 @@ def alone(tmp_path_factory) -> tuple[dict, dict]:
 
 
 def assert_same(first: dict, second: dict) -> None:
+    """Weights after AdamW, which divides by the root of a small moment in the first steps: what
+    differs by 1e-7 in the gradient (`test_coupling.py`) differs by more of a step of 0.01."""
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(value, second[name], rtol=0, atol=5e-6, msg=name)
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ class Demonstrations:
         batch = [self.rows[i] for i in batch_indices(len(self.rows), size, passes.number, seed)]
         parts = forward_passes(batch, processes, trainer.settings.token_budget)
         mine = parts[trainer.accelerator.process_index]
-        return Passes(mine, passes.filler, processes / len(batch), passes.number)
+        return Passes(mine, passes.filler, processes / len(batch), passes.number, batch)
 
 
 @dataclass

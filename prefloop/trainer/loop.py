@@ -17,12 +17,14 @@ from torch import nn
 
 from prefloop.objectives import Objective
 from prefloop.settings import TrainSettings
+from prefloop.trainer.coupling import everyones
 from prefloop.trainer.engine import Engine
 from prefloop.trainer.metrics import ROUNDING, Totals, add_totals, batch_totals, means
 from prefloop.trainer.plan import (
     batch_indices,
     derived_seed,
     forward_passes,
+    shares,
     steps_per_epoch,
     tokens,
 )
@@ -46,12 +48,14 @@ class Passes:
         scale: what a summed loss is multiplied with, so that the gradient averaged over
             processes is that of the mean over the global batch: processes / comparisons.
         number: of the optimizer step; the first is 0.
+        batch: the rows of all processes, in the order of the processes.
     """
 
     parts: list[list[Tokenized]]
     filler: Tokenized
     scale: float
     number: int
+    batch: list[Tokenized]
 
 
 @runtime_checkable
@@ -97,11 +101,16 @@ class Trainer:
                 f"{name} needs a reference policy, but there is none. Pass the reference's "
                 "log-probabilities, or use an objective without one (SimPO, ORPO, CPO)."
             )
-        if self.objective.couples_batch and self.accelerator.num_processes > 1:
+        if self._meets and self.gradient is not backward:
             raise UserError(
-                f"{name} compares the comparisons of a batch with each other, so a batch cannot be "
-                f"divided over {self.accelerator.num_processes} processes. Use one process."
+                f"{name} compares the comparisons of a batch with each other, which a solver sees "
+                f"in pieces on {self.accelerator.num_processes} processes. Use one process."
             )
+
+    @property
+    def _meets(self) -> bool:
+        """Whether what several processes scored has to meet before there is a loss."""
+        return self.objective.couples_batch and self.accelerator.num_processes > 1
 
     @property
     def scorer(self) -> nn.Module:
@@ -114,12 +123,8 @@ class Trainer:
         The update depends neither on how the batch is cut into forward passes nor on the number
         of processes. A loss or gradient that is not finite raises before the weights move.
         """
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        if self.objective.couples_batch:
-            parts = [list(batch)]
-        else:
-            parts = forward_passes(batch, processes, self.settings.token_budget)[rank]
-        passes = Passes(parts, min(batch, key=tokens), processes / len(batch), number)
+        passes = self._passes(batch, number)
+        rank = self.accelerator.process_index
         self.scorer.train()
         self.engine.begin()
         with seeded(derived_seed(self.settings.seed, 1 + number, rank), self.accelerator.device):
@@ -130,18 +135,31 @@ class Trainer:
         self.engine.move(lr)
         return metrics | {"grad_norm": norm, "learning_rate": lr}
 
+    def _passes(self, batch: Sequence[Tokenized], number: int) -> Passes:
+        """What this process does of a global batch; rows that a loss couples go in one pass."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if self.objective.couples_batch:
+            dealt = shares(batch, processes) if processes > 1 else [list(batch)]
+            parts, rows = [dealt[rank]], [row for share in dealt for row in share]
+        else:
+            parts = forward_passes(batch, processes, self.settings.token_budget)[rank]
+            rows = list(batch)
+        return Passes(parts, min(batch, key=tokens), processes / len(batch), number, rows)
+
     @torch.no_grad()
     def evaluate(self, rows: Sequence[Tokenized]) -> Metrics:
-        """Means of the training metrics over held-out comparisons, named `eval_...`."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        parts = forward_passes(rows, processes, self.settings.token_budget)[rank]
-        filler = min(rows, key=tokens)
+        """Means of the training metrics over held-out comparisons, named `eval_...`.
+
+        A loss that couples a batch is that of batches as large as those of training.
+        """
         self.scorer.eval()
+        size = self.settings.batch_size if self.objective.couples_batch else len(rows)
         totals: Totals = {}
-        for part in parts:
-            policy = score(self.scorer, part or [filler])
-            if part:
-                totals = add_totals(totals, self.losses(part, policy)[1])
+        for start in range(0, len(rows), size):
+            passes = self._passes(rows[start : start + size], 0)
+            for part in passes.parts:
+                policy = score(self.scorer, part or [passes.filler])
+                totals = add_totals(totals, self.of_pass(part, policy, passes)[1])
         metrics = means(self.reduced(totals))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -155,6 +173,17 @@ class Trainer:
         for part in gathered:
             merged = add_totals(merged, part)
         return merged
+
+    def of_pass(
+        self, part: Sequence[Tokenized], policy: Logps, passes: Passes
+    ) -> tuple[torch.Tensor, Totals]:
+        """Losses that this process differentiates after a pass, and what it adds to the log."""
+        if self._meets:
+            losses, counted = self.losses(passes.batch, everyones(policy, len(part)))
+            return losses, counted if self.accelerator.is_main_process else {}
+        if not part:
+            return policy.token.new_zeros(0), {}
+        return self.losses(part, policy)
 
     def losses(self, part: Sequence[Tokenized], policy: Logps) -> tuple[torch.Tensor, Totals]:
         """Weighted loss of each comparison, and the totals for the log."""
@@ -199,13 +228,11 @@ def backward(trainer: Trainer, passes: Passes) -> Totals:
     for number, part in enumerate(passes.parts):
         with trainer.engine.one_pass(last=number == len(passes.parts) - 1):
             policy = score(trainer.scorer, part or [passes.filler])
-            if part:
-                losses, counted = trainer.losses(part, policy)
-                totals = add_totals(totals, counted)
-                loss = losses.sum() * passes.scale
-            else:
-                loss = policy.token.sum() * 0.0
-            trainer.engine.backward(loss)
+            losses, counted = trainer.of_pass(part, policy, passes)
+            totals = add_totals(totals, counted)
+            loss = losses.sum() * passes.scale
+            # A process without rows takes part in the exchange of gradients all the same.
+            trainer.engine.backward(loss if loss.requires_grad else policy.token.sum() * 0.0)
     return totals
 
 

@@ -27,6 +27,7 @@ from prefloop.policies.policy import evaluating
 from prefloop.runs import cache_folder
 from prefloop.settings import TrainSettings
 from prefloop.trainer import Gradient, Progress, backward, build_trainer, fit
+from prefloop.trainer.build import in_precision
 from prefloop.trainer.loop import Metrics, Reference, rows_seen
 from prefloop.types import Comparison, Tokenized, UserError
 
@@ -165,7 +166,9 @@ class Training:
             referred = self.reference or scoring
             seen = [rows[index] for index in rows_seen(len(rows), self.settings)]
             asked = [*seen, *held_out, *self.demonstrations]
-            with self.accelerator.autocast():  # in another precision the two would not start equal
+            with in_precision(
+                self.accelerator
+            ):  # in another precision the two would not start equal
                 reference = referred(self.policy, asked, self.settings)
         scorer = self.policy.scorer(None, with_collision=self.objective.needs_collision)
         trainer = build_trainer(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ def zero_asked(accelerator: Accelerator) -> Mapping[str, Any] | None:
     return None if plugin is None else plugin.deepspeed_config
 
 
+def in_precision(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The precision of a forward pass in training, for passes outside of it."""
+    given = zero_asked(accelerator)
+    if given is not None and given.get("torch_autocast", {}).get("enabled"):
+        return torch.autocast(
+            accelerator.device.type, getattr(torch, given["torch_autocast"]["dtype"])
+        )
+    return accelerator.autocast()
+
+
 def divided(accelerator: Accelerator) -> tuple[int, int]:
     """Over how many processes the weights are divided, and over how many AdamW's moments."""
     processes = accelerator.num_processes
@@ -124,11 +135,13 @@ def _deepspeed(precision: str) -> DeepSpeedPlugin:
     # Weights are divided when the run starts, not when they are loaded: the reference is scored
     # before, by the whole model.
     plugin = DeepSpeedPlugin(zero3_init_flag=False)
-    if precision == "bf16":
-        plugin.deepspeed_config.setdefault(
-            "torch_autocast",
-            {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        )
+    if plugin.deepspeed_config.get("torch_autocast", "auto") != "auto":
+        raise UserError("DeepSpeed's torch_autocast is what --precision says; leave it out")
+    plugin.deepspeed_config["torch_autocast"] = {
+        "enabled": precision == "bf16",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],  # gradients stay float32
+    }
     return plugin
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prefloop.em import (
+    adjusted_rand_index,
     by_annotator,
     dirichlet_start,
     effective_types,
@@ -212,3 +213,14 @@ def test_the_rank_counts_directions_that_can_be_seen():
     assert blind.rank == 1
     square = local_identifiability(lambda v: v**3, torch.tensor([1.0, 2.0], dtype=torch.float64))
     assert square.locally_identified
+
+
+def test_the_adjusted_rand_index_by_hand():
+    # sizes 3, 2 and 4, 1; together 3, 1, 1: 3 pairs of 10 are together in both, 4 and 6 in each.
+    # By chance 4 * 6 / 10 = 2.4; at most (4 + 6) / 2: (3 - 2.4) / (5 - 2.4)
+    first, second = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 1])
+    assert adjusted_rand_index(first, second) == pytest.approx(0.6 / 2.6)
+
+
+def test_one_cluster_holds_everybody():
+    assert kmeans(torch.randn(4, 2), 1, seed=0).tolist() == [0, 0, 0, 0]

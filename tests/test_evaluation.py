@@ -108,6 +108,22 @@ def test_without_a_length_difference_length_control_changes_nothing():
     assert found.rate.error == pytest.approx(math.sqrt(3 / 16 / 39), rel=2e-3)
 
 
+def test_the_interval_of_length_control_is_students_on_the_log_odds():
+    credit = tensor(*([1] * 30 + [0] * 10))
+    found = length_controlled_win_rate(credit, torch.zeros(40)).rate
+    logit = math.log(found.value / (1 - found.value))
+    half = 2.0227 * found.error / (found.value * (1 - found.value))  # t, 39 degrees of freedom
+    low, high = (1 / (1 + math.exp(-logit - side * half)) for side in (-1, 1))
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
+
+
+def test_two_prompts_are_enough_for_an_interval_and_one_is_not():
+    credit, length = tensor(1, 0, 1, 1), tensor(3.0, -1.0, 0.0, 2.0)
+    two = length_controlled_win_rate(credit, length, torch.tensor([0, 0, 1, 1])).rate
+    assert two.low < two.value < two.high
+    assert math.isnan(length_controlled_win_rate(credit, length, torch.zeros(4).long()).rate.low)
+
+
 def test_a_judge_who_only_counts_words_is_worth_one_half():
     length = normal(400, seed=3) + 1.0  # A is longer by one standard deviation on average
     credit = (length > 0).double()

@@ -157,6 +157,12 @@ def test_rewards_stand_beside_both_answers(page):
     assert "user: Tell me of the sea." in page.text
 
 
+def test_the_subtitle_names_a_model_without_the_folders_of_this_machine(tmp_path):
+    settings = {"model": "/home/me/models/small", "data": "votes.jsonl", "objective": "DPO()"}
+    run = only(tmp_path / "run", config={"command": "train", "settings": settings})
+    assert "prefloop train \u00b7 small \u00b7 votes.jsonl \u00b7 DPO()" in Page(report([run])).text
+
+
 def test_settings_are_flat_and_versions_folded(page):
     assert "lora.rank 16" in page.text
     assert "versions.torch 2.13.0" in page.text

@@ -137,3 +137,17 @@ def test_scores_that_are_no_number_and_counts_that_do_not_fit_are_refused():
         top(torch.tensor([0.1, math.nan]), 1)
     with pytest.raises(UserError, match="cannot keep 9 of 4"):
         bottom(SCORES, 9)
+
+
+def test_prompts_may_stand_in_more_than_one_axis():
+    rewards = torch.randn((2, 3, 5), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones(2, 3, 5, dtype=torch.bool)
+    mask[1, 2, 3:] = False
+    flat, flat_mask = rewards.flatten(0, 1), mask.flatten(0, 1)
+    for given_mask, one in ((None, None), (mask, flat_mask)):
+        found, error = variance_and_error(rewards, given_mask)
+        expected, expected_error = variance_and_error(flat, one)
+        torch.testing.assert_close(found.flatten(), expected)
+        torch.testing.assert_close(error.flatten(), expected_error)
+        torch.testing.assert_close(preference_variance(rewards, given_mask), found)
+        torch.testing.assert_close(reward_gap(rewards, given_mask).flatten(), reward_gap(flat, one))

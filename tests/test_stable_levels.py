@@ -11,6 +11,7 @@ from prefloop.settings import TrainSettings
 from prefloop.stable import (
     Bilevel,
     Demonstrations,
+    DifferenceProduct,
     FixedLevel,
     Hinge,
     InnerLevel,
@@ -174,3 +175,17 @@ def test_demonstrations_take_the_place_of_the_chosen(budget):
     (0.5 * nll).backward()
     torch.testing.assert_close(found, weights_of(scorer), rtol=1e-3, atol=1e-5)
     assert metrics["stable/sft"] == pytest.approx(nll.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.1, 30.0])
+def test_the_difference_product_is_linear_in_the_vector_however_long(length):
+    bend = torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)
+
+    def bowl(params: Params) -> Losses:
+        lower = (bend * params["x"].square()).sum() / 2
+        return Losses(lower * 0.0, lower, torch.zeros_like(lower))
+
+    vector = length * torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
+    at = {"x": torch.ones(3, dtype=torch.float64)}
+    found = DifferenceProduct()(Bilevel([bowl]), at, {"x": vector})["x"]
+    torch.testing.assert_close(found, bend * vector, rtol=1e-6, atol=1e-12)

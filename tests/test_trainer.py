@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from prefloop.logps import Scorer
-from prefloop.objectives import DPO, SFT, PlackettLuce
+from prefloop.objectives import AOT, DPO, SFT, PlackettLuce
 from prefloop.runs import read_jsonl
 from prefloop.tabular import TabularPolicy, comparison_rows
 from prefloop.trainer import NonFiniteError, TrainSettings, build, build_trainer, fit
@@ -77,6 +77,31 @@ def test_the_update_does_not_depend_on_how_the_batch_is_cut(tmp_path):
     whole = weights_after(tmp_path / "whole", token_budget=10_000)
     cut = weights_after(tmp_path / "cut", token_budget=4)
     assert len(forward_passes(rows()[:4], 1, 4)[0]) > 1  # it really was cut
+    torch.testing.assert_close(whole, cut, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("objective", "passes"), [(DPO(beta=0.5), 4), (AOT(beta=0.5), 1)])
+def test_a_batch_is_cut_to_the_budget_unless_the_objective_couples_it(objective, passes):
+    sizes = []
+
+    class Counted(TabularPolicy):
+        def forward(self, batch):
+            sizes.append(len(batch))
+            return super().forward(batch)
+
+    def logits(budget: int) -> torch.Tensor:
+        sizes.clear()
+        scorer = Counted(
+            torch.randn((PROMPTS, ANSWERS), generator=torch.Generator().manual_seed(1))
+        )
+        made = trainer(scorer, objective, token_budget=budget)
+        for number in range(3):
+            made.step(rows(4, responses=2), number, 0.05)
+        return scorer.logits.detach()
+
+    whole = logits(10_000)
+    cut = logits(3)  # a comparison here has three tokens
+    assert sizes == [4 // passes] * passes * 3
     torch.testing.assert_close(whole, cut, rtol=0, atol=1e-6)
 
 

@@ -278,13 +278,13 @@ def fit(row: Tokenized, max_length: int | None, overlong: Overlong) -> Tokenized
         raise UserError(
             f"{where(row)}: the prompt alone has {len(row.prompt)} tokens, and the limit for "
             f"prompt and response together is {max_length}. Shorten the prompt, raise the limit "
-            "if the model's context allows, or drop over-long rows"
+            "if the model's context allows, or drop over-long rows (--overlong drop)"
         )
     if overlong is Overlong.refuse:
         raise UserError(
             f"{where(row)}: {len(row.prompt)} tokens of prompt and {longest} of the longest "
             f"response pass the limit of {max_length} together. Raise the limit if the model's "
-            "context allows, or choose to drop or to truncate over-long rows"
+            "context allows, or choose to drop or to truncate over-long rows (--overlong)"
         )
     return replace(row, responses=tuple(response[:room] for response in row.responses))
 
@@ -294,7 +294,7 @@ def empty_response(comparison: Comparison, number: int) -> UserError:
     return UserError(
         f"{where(comparison)}: response {number} is empty "
         f"({comparison.responses[number - 1][:40]!r}); a response must hold text. Mend the row, or "
-        "choose to drop rows with empty responses"
+        "choose to drop rows with empty responses (--empty drop)"
     )
 
 

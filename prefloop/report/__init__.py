@@ -54,5 +54,10 @@ def _subtitle(runs: Sequence[Run]) -> str:
     parts = [f"prefloop {config['command']}"] if "command" in config else []
     if isinstance(settings, Mapping):
         told = [settings.get(key) for key in ("model", "data", "objective")]
-        parts += [value for value in told if isinstance(value, str) and value]
+        parts += [_shown(value) for value in told if isinstance(value, str) and value]
     return " \u00b7 ".join(parts)
+
+
+def _shown(value: str) -> str:
+    """A path from the root says more of the machine than of the run: its last name is enough."""
+    return Path(value).name if Path(value).is_absolute() else value

@@ -236,6 +236,8 @@ def test_the_learning_rate_warms_up_linearly_and_follows_a_half_cosine():
     settings = TrainSettings(lr=1.0, warmup=0.2, schedule="cosine")
     rates = [settings.learning_rate(step, 10) for step in range(10)]
     assert rates[:2] == [0.5, 1.0]  # two warm-up steps of ten
+    assert rates[2] == 1.0  # the top: (1 + cos 0) / 2
+    assert rates[4] == pytest.approx(0.85355, abs=1e-5)  # a quarter: (1 + cos(pi/4)) / 2
     assert rates[6] == pytest.approx(0.5)  # half of the eight that are left: (1 + cos(pi/2)) / 2
     assert TrainSettings(lr=1.0, warmup=0.0, schedule="linear").learning_rate(3, 4) == 0.25
     assert TrainSettings(lr=1.0, warmup=0.0, schedule="constant").learning_rate(3, 4) == 1.0

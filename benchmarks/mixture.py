@@ -8,6 +8,8 @@ starts: hard clusters, where a type trains on its own annotators only, and soft 
 type trains on everybody, which is the most that a round can cost. Each run is a process of its
 own: CPU seconds of the work after loading, and peak resident memory less that of a process that
 loads the model and does nothing. The reference is scored in every run, never read from a cache.
+Runs take turns, `--repeats` of each; medians are printed, with the least and the most. With `--new`
+no answer stands in two votes, so that scoring votes by answers saves nothing.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from accelerate import Accelerator
 
@@ -30,7 +33,7 @@ from prefloop.policies import Lora, load_policy
 from prefloop.runs import write_jsonl
 from prefloop.settings import TrainSettings
 from prefloop.training import Training
-from prefloop.types import Tokenized
+from prefloop.types import Comparison, Tokenized
 
 KINDS = ("load", "train", "hard", "soft")
 
@@ -38,7 +41,8 @@ KINDS = ("load", "train", "hard", "soft")
 def work(kind: str, given: argparse.Namespace) -> dict[str, float]:
     """One run in this process; its CPU seconds and its peak memory."""
     policy = load_policy(given.model, adapter=Lora(rank=given.rank, alpha=2.0 * given.rank))
-    rows, _ = tokenize(read(given.data)[: given.rows], policy.tokenizer)
+    votes = read(given.data)
+    rows, _ = tokenize((_new(votes) if given.new else votes)[: given.rows], policy.tokenizer)
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PREFLOOP_CACHE"] = folder
@@ -67,6 +71,18 @@ def work(kind: str, given: argparse.Namespace) -> dict[str, float]:
     return {"seconds": time.process_time() - began, "peak": peak, "rows": float(len(rows))}
 
 
+def _new(votes: list[Comparison]) -> list[Comparison]:
+    """The votes whose answers are all in no vote before them."""
+    seen: set[tuple[str, object]] = set()
+    kept = []
+    for row in votes:
+        answers = {(str(row.prompt), answer) for answer in row.responses}
+        if not answers & seen and len(answers) == len(row.responses):
+            kept.append(row)
+            seen |= answers
+    return kept
+
+
 def _hard(rows: list[Tokenized], types: int, folder: Path) -> Given:
     """Annotators in turn: equal shares, each wholly of one type."""
     names = Votes.of(rows).names
@@ -86,6 +102,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--new", action="store_true", help="votes on answers of their own only")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kind", choices=KINDS, help="one run in this process, as JSON")
     return parser.parse_args()
 
@@ -96,17 +114,23 @@ def main() -> None:
     if given.kind:
         print(json.dumps(work(given.kind, given)))
         return
-    found = {}
-    for kind in KINDS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[kind] = json.loads(done.stdout.strip().splitlines()[-1])
-        print(f"{kind:<6}{found[kind]['seconds']:8.1f} CPU s, peak {found[kind]['peak']:.3f} GiB")
-    one, bare = found["train"], found["load"]["peak"]
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    for _ in range(given.repeats):
+        for kind in KINDS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[kind].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    seconds = {kind: [one["seconds"] for one in runs] for kind, runs in found.items()}
+    peak = {kind: median(one["peak"] for one in runs) for kind, runs in found.items()}
+    for kind, taken in seconds.items():
+        print(
+            f"{kind:<6}{median(taken):7.2f} CPU s ({min(taken):.2f} to {max(taken):.2f}), "
+            f"peak {peak[kind]:.3f} GiB, {found[kind][0]['rows']:.0f} votes"
+        )
     for kind in ("hard", "soft"):
-        whole = found[kind]["peak"] / one["peak"]
-        working = (found[kind]["peak"] - bare) / (one["peak"] - bare)
-        times = found[kind]["seconds"] / one["seconds"]
+        whole = peak[kind] / peak["train"]
+        working = (peak[kind] - peak["load"]) / (peak["train"] - peak["load"])
+        times = median(seconds[kind]) / median(seconds["train"])
         print(
             f"{kind}: {times:.2f} trainings for {given.types} types "
             f"({100 * (times / given.types - 1):+.0f} % a type), memory {whole:.2f} times one run, "

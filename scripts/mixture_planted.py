@@ -4,16 +4,18 @@
 
 The model tells the beginnings of stories, cut after one to three sentences. Annotators in turn like
 positive stories (VADER), short ones, and with `--types 3` such with questions; each vote is a
-Bradley-Terry (or Plackett-Luce) draw on the planted reward. Votes an annotator are swept, and
-pairs compared with best-of-three and with rankings of three at the same number of judgements.
-Prints a row a setting and seed, and writes results.json; what is there is not done again.
+Bradley-Terry (or Plackett-Luce) draw on the planted reward. Votes an annotator are swept, pairs
+compared with best-of-three and with rankings of three at the same number of judgements, and what
+the E-step reads. Prints a row a setting and seed, then a row a setting: the mean over seeds with
+the least and the most. results.json is written on the way; what is there is not done again.
 """
 
 import argparse
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from accelerate import Accelerator
 
 from prefloop import em
 from prefloop.data import encoder, tokenize
-from prefloop.mixture import Clusters, Dirichlet, Mixture, MixtureTraining, Start
+from prefloop.expression import parse
+from prefloop.mixture import EVIDENCE, STARTS, Mixture, MixtureTraining
 from prefloop.objectives import PlackettLuce
 from prefloop.policies import Lora, Policy, Sampling, load_policy
 from prefloop.policies.sampling import sample
@@ -32,15 +35,8 @@ from prefloop.types import Comparison
 
 NAMES = ("Lily", "Tom", "Sara", "Ben", "Mia", "Max", "Anna", "Tim")
 OPENINGS = ("One day, {} went to the", "Once upon a time, {} found a", "{} was sad because")
-SETTINGS = TrainSettings(lr=3e-3, batch_size=16, save_every=1000)
 STRENGTH = 3.0  # of the planted preference, in standard deviations of the reward
 FORMS = {"pair": 2, "best": 3, "ranking": 3}
-STARTS: dict[str, Start] = {
-    "clusters": Clusters(),
-    "dirichlet": Dirichlet(),
-    "clusters-crossfit": Clusters(),
-    "dirichlet-crossfit": Dirichlet(),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +46,21 @@ class Setting:
     judgements: int
     form: str
     start: str
+    evidence: str
     annotators: int
     types: int
+    rounds: int
     epochs: int
+    lr: float
+    beta: float
     seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.judgements:3d} {self.form:<8}{self.start:<12}{self.evidence:<18}"
+            f"{self.annotators:4d} annotators, {self.types} types, {self.epochs} epochs at "
+            f"{self.lr:g}, beta {self.beta:g}"
+        )
 
 
 def stories(policy: Policy, n: int) -> list[tuple[str, list[str]]]:
@@ -107,28 +114,39 @@ def votes(told: list[tuple[str, list[str]]], setting: Setting) -> list[Compariso
     return rows
 
 
-def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict[str, float]:
+def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict[str, Any]:
     """EM on `rows`; how well the annotators' types were found, after round 1 and at the end."""
     policy = load_policy(model, adapter=Lora(rank=8, alpha=16.0))
     tokens, _ = tokenize(rows, policy.tokenizer)
-    crossfit = setting.start.endswith("crossfit")
     training = MixtureTraining(
         policy=policy,
-        objective=PlackettLuce(beta=0.3),
-        settings=replace(SETTINGS, epochs=setting.epochs),
-        mixture=Mixture(types=setting.types, rounds=4, crossfit=crossfit, seed=setting.seed),
-        start=STARTS[setting.start],
+        objective=PlackettLuce(beta=setting.beta),
+        settings=TrainSettings(
+            lr=setting.lr, epochs=setting.epochs, batch_size=16, save_every=1000, seed=setting.seed
+        ),
+        mixture=Mixture(
+            types=setting.types,
+            rounds=setting.rounds,
+            evidence=parse(setting.evidence, EVIDENCE),
+            seed=setting.seed,
+        ),
+        start=parse(setting.start, STARTS),
         allow_unidentified=True,
         accelerator=Accelerator(cpu=True),
         out=out,
     )
-    began = time.perf_counter()
+    began = time.process_time()
     fitted = training(tokens)
     truth = torch.arange(setting.annotators) % setting.types
     first = fitted.history[0].belief.responsibilities
     return {
-        "seconds": time.perf_counter() - began,
+        "seconds": time.process_time() - began,
         "loglik_per_judgement": fitted.loglik / fitted.scored,
+        "aris": [
+            em.adjusted_rand_index(truth, one.belief.responsibilities.argmax(-1))
+            for one in fitted.history
+        ],
+        "scale": fitted.scale,
         "round_1_ari": em.adjusted_rand_index(truth, first.argmax(-1)),
         "ari": em.adjusted_rand_index(truth, fitted.gamma.argmax(-1)),
         "round_1_accuracy": em.type_accuracy(truth, first),
@@ -143,15 +161,20 @@ def settings_of(given: argparse.Namespace) -> list[Setting]:
             judgements=judgements,
             form=form,
             start=start,
+            evidence=evidence,
             annotators=given.annotators,
             types=given.types,
+            rounds=given.rounds,
             epochs=given.epochs,
+            lr=given.lr,
+            beta=given.beta,
             seed=seed,
         )
         for seed in given.seeds
         for judgements in given.judgements
         for form in given.forms
         for start in given.starts
+        for evidence in given.evidence
     ]
 
 
@@ -162,12 +185,30 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--judgements", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=["pair", "best"])
-    parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=["clusters"])
+    parser.add_argument("--starts", nargs="+", default=["Clusters()"])
+    parser.add_argument("--evidence", nargs="+", default=["Trained()"])
     parser.add_argument("--annotators", type=int, default=32)
     parser.add_argument("--types", type=int, choices=[2, 3], default=2)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     return parser.parse_args()
+
+
+def summary(found: list[dict[str, Any]]) -> None:
+    """A row a setting: means over seeds, with the least and the most."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for one in found:
+        named = {name: one[name] for name in Setting.__dataclass_fields__}
+        settings.setdefault(str(Setting(**named)), []).append(one)
+    for setting, runs in settings.items():
+        said = []
+        for name in ("round_1_ari", "ari", "accuracy", "loglik_per_judgement"):
+            values = [run[name] for run in runs]
+            said.append(f"{np.mean(values):6.3f} [{min(values):.2f}, {max(values):.2f}]")
+        print(f"{setting}, {len(runs)} seeds: ARI {' -> '.join(said[:2])}, {', '.join(said[2:])}")
 
 
 def main() -> None:
@@ -176,7 +217,7 @@ def main() -> None:
     told = stories(load_policy(given.model), 9)
     told = [(prompt, texts) for prompt, texts in told if len(texts) >= 3]
     results = given.out / "results.json"
-    found = read_json(results) if results.exists() else []
+    found: list[dict[str, Any]] = read_json(results) if results.exists() else []
     for setting in settings_of(given):
         if any(asdict(setting).items() <= one.items() for one in found):
             continue
@@ -184,14 +225,13 @@ def main() -> None:
         one = asdict(setting) | run(given.model, votes(told, setting), setting, folder)
         found.append(one)
         print(
-            f"{setting.judgements:3d} {setting.form:<8}{setting.start:<19}"
-            f"{setting.annotators:4d} annotators, {setting.types} types, "
-            f"{setting.epochs} epochs, seed {setting.seed}: "
-            f"ARI {one['round_1_ari']:6.3f} -> {one['ari']:6.3f}, accuracy {one['accuracy']:.3f}, "
-            f"{one['loglik_per_judgement']:.3f} nats a judgement, {one['seconds']:.0f} s",
+            f"{setting}, seed {setting.seed}: ARI {one['round_1_ari']:6.3f} -> {one['ari']:6.3f}, "
+            f"accuracy {one['accuracy']:.3f}, {one['loglik_per_judgement']:.3f} nats a judgement, "
+            f"{one['seconds']:.0f} CPU s",
             flush=True,
         )
         write_json(results, found)
+    summary(found)
 
 
 if __name__ == "__main__":

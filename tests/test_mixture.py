@@ -14,6 +14,7 @@ from prefloop.mixture import (
     Clusters,
     Dirichlet,
     Given,
+    Halves,
     Mixture,
     Steps,
     Votes,
@@ -23,7 +24,7 @@ from prefloop.mixture import (
     with_annotators,
 )
 from prefloop.mixture.choosing import deal
-from prefloop.mixture.rounds import LOGLIK
+from prefloop.mixture.rounds import SCORED
 from prefloop.mixture.starts import vote_means
 from prefloop.mixture.steps import refuse_long_pairs, refuse_no_likelihood
 from prefloop.objectives import DPO, IPO, PlackettLuce
@@ -99,7 +100,7 @@ def test_two_types_explain_the_votes_better_than_one(tmp_path):
 def test_crossfitting_scores_the_half_that_was_not_trained_on_and_leaves_a_random_start(tmp_path):
     votes, truth = planted(votes=14)
     start = Dirichlet()(votes, 2, 3, items)
-    mixture = Mixture(types=2, rounds=4, crossfit=True)
+    mixture = Mixture(types=2, rounds=4, evidence=Halves())
     fitted = run_em(tabular_steps(), votes, mixture, start, tmp_path)
     assert fitted.scored == len(votes.rows) // 2
     assert em.type_accuracy(truth, fitted.gamma) >= 10 / 12
@@ -139,13 +140,14 @@ def test_one_hot_responsibilities_train_each_type_on_its_cluster_alone(tmp_path)
         assert torch.equal(load_file(fitted.weights(kind + 1))["logits"], alone)
 
 
-def test_responsibilities_are_bayes_rule_on_the_log_likelihoods_on_disk(tmp_path):
+def test_responsibilities_are_bayes_rule_on_the_log_ratios_on_disk(tmp_path):
     votes, truth = planted(annotators=6, votes=4)
     start = em.given_start(truth, 2)
     fitted = run_em(tabular_steps(), votes, Mixture(types=2, rounds=1), start, tmp_path)
-    loglik = torch.stack(
-        [load_file(tmp_path / "round-1" / f"type-{k}" / LOGLIK)["loglik"] for k in (1, 2)], -1
-    )
+    ratio = [load_file(tmp_path / "round-1" / f"type-{k}" / SCORED)["log_ratio"] for k in (1, 2)]
+    better = torch.tensor([row.rank.index(1) for row in votes.rows if row.rank]).unsqueeze(-1)
+    margin = [one.gather(-1, better) - one.gather(-1, 1 - better) for one in ratio]
+    loglik = torch.nn.functional.logsigmoid(torch.cat(margin, -1))  # beta is 1
     joint = torch.stack([loglik[votes.annotator == i].sum(0) for i in range(6)]).exp() * 0.5
     torch.testing.assert_close(fitted.gamma, joint / joint.sum(-1, keepdim=True))
 
@@ -170,7 +172,7 @@ def test_a_run_killed_in_the_second_round_ends_in_the_same_files(warm, tmp_path)
     steps.on_step = kill
     with pytest.raises(Killed):
         run_em(steps, votes, mixture, start, tmp_path / "killed")
-    assert not (tmp_path / "killed" / "round-2" / "type-2" / LOGLIK).exists()
+    assert not (tmp_path / "killed" / "round-2" / "type-2" / SCORED).exists()
     again = run_em(tabular_steps(), votes, mixture, start, tmp_path / "killed")
     assert torch.equal(whole.gamma, again.gamma)
     for name in ("rounds.jsonl", "responsibilities.jsonl", "round-3/type-2/weights.safetensors"):

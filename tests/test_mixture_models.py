@@ -1,5 +1,6 @@
 """`prefloop mixture` and `prefloop aggregate` on a tiny language model, end to end."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from prefloop.aggregating.forms import (
     distil_by_kl,
     draw_one_type,
     pool_logits,
+    pooled_answers,
 )
 from prefloop.aggregating.teaching import Student
 from prefloop.cli import main
@@ -243,6 +245,35 @@ def test_a_pool_with_all_weight_on_one_type_is_that_type(types):
         assert pool_logits(types, prompts, weights, greedy, 0) == draw_one_type(
             types, prompts, weights, greedy, 0
         )
+
+
+def test_pooled_answers_follow_from_seed_and_prompt_and_not_from_the_batch(types):
+    prompts, weights = [(5, 6), (7, 8, 9), (4,)], torch.tensor([0.3, 0.7]).double()
+    settings = Sampling(max_new_tokens=6)
+    together = pooled_answers(types, prompts, weights, settings, 2, 3)
+    narrow = Sampling(max_new_tokens=6, rows=1)
+    assert pooled_answers(types, prompts[::-1], weights, narrow, 2, 3) == together[::-1]
+    assert pool_logits(types, prompts, weights, settings, 3) == [one[0] for one in together]
+    assert pool_logits(types, prompts, weights, settings, 4) != [one[0] for one in together]
+
+
+def test_the_pool_draws_from_the_geometric_mean_of_its_types(types):
+    weights, prompt = torch.tensor([0.3, 0.7]).double(), (5, 6)
+    one = Sampling(max_new_tokens=1, rows=512)
+    drawn = pooled_answers(types, [prompt], weights, one, 2048, 0)[0]
+    rows = [tiny.row(2, [1] * 64)]
+    rows = [
+        replace(
+            rows[0], prompt=prompt, responses=tuple((token,) for token in range(tiny.VOCABULARY))
+        )
+    ]
+    logps = types.logps(rows)[:, 0]  # (1 + K, V): every answer of one token
+    expected = (0.3 * logps[1] + 0.7 * logps[2]).softmax(-1)
+    found = (
+        torch.bincount(torch.tensor([answer[0] for answer in drawn]), minlength=tiny.VOCABULARY)
+        / 2048
+    )
+    assert 0.5 * (found - expected).abs().sum() < 0.1  # type 2 alone is 0.2 away
 
 
 def test_imitation_is_the_negative_log_probability_of_the_answers():

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefloop.aggregating.forms import pool_logits
+from prefloop.aggregating.forms import pooled_answers
 from prefloop.aggregating.loading import Types, response_logps
 from prefloop.aggregating.people import accuracy_by_annotator, accuracy_of, known_weights
 from prefloop.aggregating.regret import judged
@@ -21,13 +21,13 @@ from prefloop.evaluation import gini, outcomes
 from prefloop.intervals import Estimate, mean
 from prefloop.mixture import Votes
 from prefloop.policies import Policy, Sampling
-from prefloop.policies.sampling import ON_POLICY, Sampler, derived_seed, sample
+from prefloop.policies.sampling import ON_POLICY, Sampler, sample
 from prefloop.samplers import FromReference
 
 Tokens = tuple[int, ...]
 
 POOLED = ("min-max", "population")
-"""Mixtures that are pooled too: pools answer token by token under all types, which takes time."""
+"""Mixtures that are pooled too: a pool runs all types for every token, which takes time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,10 @@ def served(
     }
     answers = [_reference_answers(types, prompts, drawing)]
     answers += [_answers(types.use(index), prompts, drawing) for index in range(len(types))]
-    answers += [_pool_answers(types, prompts, weights, drawing) for weights in pools.values()]
+    answers += [
+        pooled_answers(types, prompts, weights, drawing.settings, drawing.n, drawing.seed)
+        for weights in pools.values()
+    ]
     answers += [_answers(policy, prompts, drawing) for policy in others.values()]
     reward = types.beta * judged(types, prompts, answers).double()  # (F, u, X, S)
     base, own = reward[0], reward[1 : 1 + len(types)]
@@ -198,11 +201,3 @@ def _answers(
 ) -> list[list[Tokens]]:
     drawn = sample(policy, prompts, drawing.n, drawing.settings, drawing.seed, sampler)
     return [[one.tokens for one in asked] for asked in drawn]
-
-
-def _pool_answers(
-    types: Types, prompts: Sequence[Sequence[int]], weights: Tensor, drawing: Drawing
-) -> list[list[Tokens]]:
-    seeds = [derived_seed(drawing.seed, number, "sample") for number in range(drawing.n)]
-    drawn = [pool_logits(types, prompts, weights, drawing.settings, seed) for seed in seeds]
-    return [list(answers) for answers in zip(*drawn, strict=True)]

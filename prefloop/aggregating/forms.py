@@ -5,7 +5,7 @@ To add one: the function, and its name in `FORMS`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 
-from prefloop.aggregate import choose_policy, geometric
+from prefloop.aggregate import choose_policy
 from prefloop.aggregating.loading import Types
 from prefloop.aggregating.teaching import Student
 from prefloop.objectives.family import log_ratio
 from prefloop.policies import Policy, Sampling
 from prefloop.policies.policy import evaluating
 from prefloop.policies.readers import Reader, adapters_by_row
-from prefloop.policies.sampling import derived_seed, race, sample, warp
+from prefloop.policies.sampling import Pool, derived_seed, sample, sample_pool
 from prefloop.settings import TrainSettings
 from prefloop.trainer import build_trainer, fit
 from prefloop.trainer.loop import Metrics
@@ -57,24 +57,24 @@ def pool_logits(
     Over whole answers that policy is pi_ref exp(sum_k w_k h_k / beta): rewards are averaged. Token
     by token it is the usual approximation.
     """
-    return [
-        _pooled(types, prompt, weights, settings, derived_seed(seed, place, "pool"))
-        for place, prompt in enumerate(prompts)
-    ]
+    drawn = pooled_answers(types, prompts, weights, settings, 1, seed)
+    return [answers[0] for answers in drawn]
 
 
-FORMS: dict[str, Callable[[Types, Prompts, Tensor, Sampling, int], list[Tokens]]] = {
-    "draw": draw_one_type,
-    "geometric": pool_logits,
-}
-"""Name on the command line -> form."""
+def pooled_answers(
+    types: Types,
+    prompts: Prompts,
+    weights: Float[Tensor, " K"],
+    settings: Sampling,
+    n: int,
+    seed: int,
+) -> list[list[Tokens]]:
+    """`n` answers of the geometric pool to each prompt, many side by side; see `pool_logits`.
 
-
-@torch.no_grad()
-def _pooled(
-    types: Types, prompt: Sequence[int], weights: Tensor, settings: Sampling, seed: int
-) -> Tokens:
-    model = types.policies[0].model
+    z = (1 - sum_k w_k) z_ref + sum_k w_k z_k,   one model, an adapter a row
+    """
+    policy = types.policies[0]
+    model = policy.model
     if not types.share_a_base or not isinstance(model, PeftModel):
         raise UserError(
             "the geometric pool reads all types token by token, and these are whole models; train "
@@ -83,26 +83,24 @@ def _pooled(
     names = ["__base__", *(name for name in types.names if name is not None)]
 
     def switch(rows: int) -> AbstractContextManager[None]:
-        return adapters_by_row(model, names)
+        return adapters_by_row(model, [name for name in names for _ in range(rows // len(names))])
 
-    policy, device = types.policies[0], types.policies[0].device
-    room = settings.max_new_tokens
-    if policy.context is not None:
-        room = min(room, policy.context - len(prompt))
-    with evaluating(model):
-        reader = Reader(model, policy.base, sources=len(names), switch=switch, padded=False)
-        rng = torch.Generator(device).manual_seed(seed)
-        tokens = list(prompt)
-        read = torch.tensor([tokens], device=device)
-        for _ in range(room):
-            seen = torch.ones((1, len(tokens)), dtype=torch.bool, device=device)
-            logits = reader.read(read, seen)  # (1 + K, 1, V)
-            mixed = geometric(logits[1:], logits[0], weights.float().to(device))
-            read = race(warp(mixed, settings), [rng]).unsqueeze(-1)
-            tokens.append(int(read))
-            if tokens[-1] in policy.stop_tokens:
-                break
-    return tuple(tokens[len(prompt) :])
+    @contextmanager
+    def sources(padded: bool) -> Iterator[list[Reader]]:
+        with evaluating(model):
+            yield [Reader(model, policy.base, sources=len(names), switch=switch, padded=padded)]
+
+    shares = weights.tolist()
+    pool = Pool(sources, (1 - sum(shares), *shares))
+    drawn = sample_pool(policy, prompts, n, settings, seed, pool)
+    return [[one.tokens for one in answers] for answers in drawn]
+
+
+FORMS: dict[str, Callable[[Types, Prompts, Tensor, Sampling, int], list[Tokens]]] = {
+    "draw": draw_one_type,
+    "geometric": pool_logits,
+}
+"""Name on the command line -> form."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,8 +43,9 @@ class Mixture:
     """Train each type on from the round before; otherwise each round starts from --model."""
     assign: Literal["soft", "hard"] = "soft"
     """soft: types train on everybody, weighted; hard: on their likeliest people, as MaxMin-RLHF."""
-    crossfit: bool = False
-    """Train on half of each annotator's judgements, score the other, swap; for random starts."""
+    evidence: str = "Trained()"
+    """What rounds score: Trained(), what they trained on; Halves(), the other half of each
+    annotator's judgements; HeldOut(folds=3), annotators none of whose judgements were read."""
     annotator_missing: Literal["refuse", "own"] = "refuse"
     """What happens to rows without an annotator: own makes each an annotator of its own."""
     allow_unidentified: bool = False
@@ -74,6 +75,7 @@ class Mixture:
         from prefloop.cli import settings
         from prefloop.expression import parse
         from prefloop.mixture import (
+            EVIDENCE,
             STARTS,
             MixtureTraining,
             Votes,
@@ -99,7 +101,7 @@ class Mixture:
             rounds=self.rounds,
             warm=self.warm,
             assign=self.assign,
-            crossfit=self.crossfit,
+            evidence=parse(self.evidence, EVIDENCE),
             seed=self.loop.seed,
         )
         refuse_unlearnable(votes, em.types, self.allow_unidentified)

@@ -1,6 +1,7 @@
 """The engine: log-probabilities of responses, with the prompt encoded once."""
 
 from prefloop.logps.cache import CachedLogps, cached_reference, model_identity
+from prefloop.logps.distinct import Distinct, distinct, logps_once
 from prefloop.logps.head import chunked, exact
 from prefloop.logps.layout import TOKENS, buckets
 from prefloop.logps.scorer import Scorer, hidden_sums, logps_and_hidden_sums, verify
@@ -9,6 +10,7 @@ from prefloop.logps.ways import FullLogits, Masked, OneARow, PrefixShared
 __all__ = [
     "TOKENS",
     "CachedLogps",
+    "Distinct",
     "FullLogits",
     "Masked",
     "OneARow",
@@ -17,9 +19,11 @@ __all__ = [
     "buckets",
     "cached_reference",
     "chunked",
+    "distinct",
     "exact",
     "hidden_sums",
     "logps_and_hidden_sums",
+    "logps_once",
     "model_identity",
     "verify",
 ]

@@ -1,6 +1,7 @@
 """EM over hidden annotator types around the trainer: one policy a type, on one base model."""
 
 from prefloop.mixture.choosing import choose_types
+from prefloop.mixture.evidence import EVIDENCE, Evidence, Halves, HeldOut, Trained
 from prefloop.mixture.rounds import Fitted, Mixture, run_em
 from prefloop.mixture.starts import STARTS, Clusters, Dirichlet, Given, Start
 from prefloop.mixture.steps import LIKELIHOODS, Steps
@@ -8,16 +9,21 @@ from prefloop.mixture.training import MixtureTraining, refuse_processes
 from prefloop.mixture.votes import Votes, informative, refuse_unlearnable, with_annotators
 
 __all__ = [
+    "EVIDENCE",
     "LIKELIHOODS",
     "STARTS",
     "Clusters",
     "Dirichlet",
+    "Evidence",
     "Fitted",
     "Given",
+    "Halves",
+    "HeldOut",
     "Mixture",
     "MixtureTraining",
     "Start",
     "Steps",
+    "Trained",
     "Votes",
     "choose_types",
     "informative",

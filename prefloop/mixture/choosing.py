@@ -8,7 +8,6 @@ held-out judgements of annotator i are predicted from the others:
 An annotator without others gets the shares of the types: for a new person.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log
@@ -115,7 +114,8 @@ def _candidate(
                     "scored": fitted.scored,
                 },
             )
-            shutil.rmtree(folder / f"round-{mixture.rounds}")  # its weights; nobody needs them now
+            for number in range(1, types + 1):
+                fitted.weights(number).unlink()  # nobody needs them now
         found = read_json(done)
         total += torch.tensor(found["predicted"], dtype=torch.float64)
         parameters = types * trained + types - 1
@@ -135,5 +135,5 @@ def type_logliks(steps: Steps, fitted: Fitted, votes: Votes) -> Float[Tensor, "I
     columns = []
     for number in range(1, fitted.gamma.shape[-1] + 1):
         steps.put_file(fitted.weights(number))
-        columns.append(steps.loglik(votes.rows))
+        columns.append(steps.loglik(votes.rows, fitted.scale))
     return em.by_annotator(torch.stack(columns, -1), votes.annotator, len(votes.names))

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefloop import em
-from prefloop.logps.layout import buckets, response_mask
-from prefloop.logps.scorer import hidden_sums
+from prefloop.logps import buckets, distinct, hidden_sums
+from prefloop.logps.layout import response_mask
 from prefloop.mixture.rounds import RESPONSIBILITIES, ROUNDS, Fitted, Mixture, run_em
 from prefloop.mixture.sections import mixture_section
 from prefloop.mixture.starts import Clusters, Start
@@ -99,18 +99,17 @@ class MixtureTraining:
     @torch.no_grad()
     def features(self, rows: Sequence[Tokenized]) -> Float[Tensor, "B N D"]:
         """Mean last hidden state of each response under the policy, and the log of its length."""
-        scorer = self.policy.scorer(None)
-        length = response_mask(rows).sum(-1, keepdim=True)  # (B, N, 1)
-        sums: list[Tensor] = [torch.empty(0)] * len(rows)
+        scorer, budget = self.policy.scorer(None), self.settings.token_budget
+        once = distinct(rows, budget)
+        sums: list[Float[Tensor, "N D"]] = [torch.empty(0)] * len(once.rows)
         with evaluating(self.policy.model):
-            for part in buckets(rows, self.settings.token_budget):
-                states = hidden_sums(scorer, [rows[index] for index in part]).cpu()
-                for place, index in enumerate(part):
-                    sums[index] = states[place]
-        table = torch.zeros(*length.shape[:2], sums[0].shape[-1])
-        for index, states in enumerate(sums):
-            table[index, : len(states)] = states
-        return torch.cat([table / length.clamp(min=1), length.clamp(min=1).log()], -1)
+            for part in buckets(once.rows, budget):
+                states = hidden_sums(scorer, [once.rows[index] for index in part]).cpu()
+                for index, found in zip(part, states, strict=True):
+                    sums[index] = found
+        states = torch.nn.utils.rnn.pad_sequence(sums, batch_first=True)[once.row, once.place]
+        length = response_mask(rows).sum(-1, keepdim=True)  # (B, N, 1)
+        return torch.cat([states / length.clamp(min=1), length.clamp(min=1).log()], -1)
 
     def _keep(self, steps: Steps, votes: Votes, fitted: Fitted, chosen: int) -> None:
         for number in range(1, self.mixture.types + 1):
@@ -136,6 +135,7 @@ class MixtureTraining:
             "annotators": len(votes.names),
             "judgements": len(votes.rows),
             "rounds": len(fitted.history),
+            "scale": fitted.scale,
             "start": chosen + 1,
             "beta": self.objective.beta,
             "objective": repr(self.objective),

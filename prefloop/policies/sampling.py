@@ -8,8 +8,10 @@ prompts, on how many answers are asked for, or on how many are decoded side by s
 of the matrix products, whose last bits may depend on the number of rows).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -99,8 +101,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class _Row:
+    """An answer to decode: `weight` of each source's logits, and what `Sample.sampler` says."""
+
     place: Place
-    blend: Blend
+    weight: tuple[float, ...]
+    sampler: str
+
+
+Sources = Callable[[bool], AbstractContextManager[Sequence[Reader]]]
+"""Readers of a batch, given whether a prompt is padded; their logits are stacked."""
 
 
 def sample(
@@ -144,26 +153,64 @@ def iter_samples(
     if n < 1:
         raise UserError(f"n must be at least 1 answer a prompt, got {n}")
     _refuse_bad_prompts(policy, prompts)
-    rows = [
-        _Row(Place(index, answer), blend)
-        for index, prompt in enumerate(prompts)
-        for answer, blend in enumerate(
-            sampler.blends(n, np.random.default_rng(_key(seed, prompt, "sampler")))
-        )
-    ]
-    for needs, group in _by_needs(rows).items():
-        group.sort(key=lambda row: (len(prompts[row.place.prompt]), row.place))
-        for start in range(0, len(group), settings.rows):
-            batch = group[start : start + settings.rows]
-            yield from _decode(policy, prompts, batch, needs, settings, seed)
-
-
-def _by_needs(rows: Sequence[_Row]) -> dict[Needs, list[_Row]]:
     groups: dict[Needs, list[_Row]] = {}
-    for row in rows:
-        needs = Needs(reference=row.blend.reference != 0, policy=row.blend.policy != 0)
-        groups.setdefault(needs, []).append(row)
-    return groups
+    for index, prompt in enumerate(prompts):
+        blends = sampler.blends(n, np.random.default_rng(_key(seed, prompt, "sampler")))
+        for answer, blend in enumerate(blends):
+            needs = Needs(reference=blend.reference != 0, policy=blend.policy != 0)
+            weight = tuple(value for value in (blend.reference, blend.policy) if value)
+            row = _Row(Place(index, answer), weight or (0.0,), str(blend))
+            groups.setdefault(needs, []).append(row)
+    for needs, group in groups.items():
+        sources = partial(readers, policy, needs)
+        for place, one in _batches(policy, prompts, group, sources, settings, seed):
+            yield place, one if needs.policy else replace(one, policy_logp=None)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """softmax(sum_s weight_s z_s), z_s the logits of a source: models that read the same tokens."""
+
+    sources: Sources
+    weight: tuple[float, ...]
+
+
+def sample_pool(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    settings: Sampling,
+    seed: int,
+    pool: Pool,
+) -> list[list[Sample]]:
+    """`n` answers of `pool` to each prompt, as `sample` draws them.
+
+    Args:
+        policy: whose tokenizer, context and device are used.
+    """
+    _refuse_bad_prompts(policy, prompts)
+    places = [Place(index, answer) for index in range(len(prompts)) for answer in range(n)]
+    rows = [_Row(place, pool.weight, "pool") for place in places]
+    drawn = dict(_batches(policy, prompts, rows, pool.sources, settings, seed))
+    return [
+        [replace(drawn[Place(index, answer)], policy_logp=None) for answer in range(n)]
+        for index in range(len(prompts))
+    ]
+
+
+def _batches(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    rows: list[_Row],
+    sources: Sources,
+    settings: Sampling,
+    seed: int,
+) -> Iterator[tuple[Place, Sample]]:
+    """The answers of `rows`, short prompts first, `settings.rows` side by side."""
+    rows.sort(key=lambda row: (len(prompts[row.place.prompt]), row.place))
+    for start in range(0, len(rows), settings.rows):
+        batch = rows[start : start + settings.rows]
+        yield from _decode(policy, prompts, batch, sources, settings, seed)
 
 
 def _refuse_bad_prompts(policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
@@ -192,25 +239,23 @@ def _decode(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     rows: Sequence[_Row],
-    needs: Needs,
+    sources: Sources,
     settings: Sampling,
     seed: int,
 ) -> Iterator[tuple[Place, Sample]]:
-    table = _Table(policy, prompts, rows, needs, settings, seed)
-    with readers(policy, needs, padded=not bool(table.mask.all())) as sources:
-        logits = torch.cat([reader.read(table.prompts, table.mask) for reader in sources])
+    table = _Table(policy, prompts, rows, settings, seed)
+    with sources(not bool(table.mask.all())) as read:
+        logits = torch.cat([reader.read(table.prompts, table.mask) for reader in read])
         logits = logits[:, table.prompt_of]
-        for reader in sources:
+        for reader in read:
             reader.select(table.prompt_of, of=len(table.prompts))
         table.mask = table.mask[table.prompt_of]
         while True:
             tokens = table.draw(logits)
             if table.ended.all():
                 break
-            tokens = table.drop_ended(tokens, sources)
-            logits = torch.cat(
-                [reader.read(tokens.unsqueeze(-1), table.mask) for reader in sources]
-            )
+            tokens = table.drop_ended(tokens, read)
+            logits = torch.cat([reader.read(tokens.unsqueeze(-1), table.mask) for reader in read])
     yield from table.samples()
 
 
@@ -229,12 +274,11 @@ class _Table:
         policy: Policy,
         prompts: Sequence[Sequence[int]],
         rows: Sequence[_Row],
-        needs: Needs,
         settings: Sampling,
         seed: int,
     ) -> None:
         device = policy.device
-        self.policy, self.rows, self.needs, self.settings = policy, rows, needs, settings
+        self.policy, self.rows, self.settings = policy, rows, settings
         used = list(dict.fromkeys(row.place.prompt for row in rows))
         pad = policy.tokenizer.pad_token_id
         assert isinstance(pad, int)
@@ -246,9 +290,7 @@ class _Table:
         self.limit = torch.tensor([min(settings.max_new_tokens, r) for r in room], device=device)
         keys = [_key(seed, prompts[row.place.prompt], row.place.answer) for row in rows]
         self.rngs = [torch.Generator(device).manual_seed(key) for key in keys]
-        self.weight = torch.tensor(
-            [[row.blend.reference, row.blend.policy] for row in rows], device=device
-        )[:, [needs.reference, needs.policy]]
+        self.weight = torch.tensor([row.weight for row in rows], device=device)
         count = (len(rows), settings.max_new_tokens)
         self.tokens = torch.zeros(count, dtype=torch.long, device=device)
         self.logps = torch.zeros(3, *count, device=device)
@@ -313,8 +355,8 @@ class _Table:
                     finished=finished[index],
                     logp=logp,
                     drawn_logp=drawn,
-                    policy_logp=policy if self.needs.policy else None,
-                    sampler=str(row.blend),
+                    policy_logp=policy,
+                    sampler=row.sampler,
                 ),
             )
 

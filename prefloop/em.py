@@ -15,13 +15,12 @@ References:
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, log
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment, minimize_scalar
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from prefloop.types import UserError
@@ -103,29 +102,6 @@ def responsibilities(loglik: Float[Tensor, "*G I K"], shares: Float[Tensor, "*G 
     """
     joint = shares.log().unsqueeze(-2) + loglik
     return Belief(joint.softmax(-1), joint.logsumexp(-1))
-
-
-def evidence_scale(
-    loglik: Callable[[float], Float[Tensor, "I K"]], shares: Float[Tensor, " K"]
-) -> float:
-    """The number to multiply rewards with that makes what annotators said likeliest; ours.
-
-        argmax over s in [1/64, 4] of  sum_i log sum_k share_k p_k(all judgements of i; s r_k)
-
-    For policies that are asked about judgements they were not trained on: a policy that remembers
-    what it was trained on is too sure of everything else, and one scale for all types takes that
-    back. With judgements that were trained on it would make the policies surer still.
-
-    Args:
-        loglik: log-likelihoods of all judgements of each annotator under each type, given s.
-        shares: eta_k.
-    """
-
-    def missed(log_scale: float) -> float:
-        return -float(responsibilities(loglik(exp(log_scale)), shares).evidence.sum())
-
-    found = minimize_scalar(missed, bounds=(-log(64), log(4)), method="bounded")
-    return exp(float(found.x))
 
 
 def type_shares(gamma: Float[Tensor, "*G I K"]) -> Float[Tensor, "*G K"]:

@@ -146,7 +146,6 @@ def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict
             em.adjusted_rand_index(truth, one.belief.responsibilities.argmax(-1))
             for one in fitted.history
         ],
-        "scale": fitted.scale,
         "round_1_ari": em.adjusted_rand_index(truth, first.argmax(-1)),
         "ari": em.adjusted_rand_index(truth, fitted.gamma.argmax(-1)),
         "round_1_accuracy": em.type_accuracy(truth, first),

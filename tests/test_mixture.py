@@ -1,5 +1,6 @@
 """EM around the trainer: what it must equal, what it must find, what it refuses."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,10 @@ from prefloop.mixture import (
     Dirichlet,
     Given,
     Halves,
+    HeldOut,
     Mixture,
     Steps,
+    Trained,
     Votes,
     refuse_processes,
     refuse_unlearnable,
@@ -24,7 +27,8 @@ from prefloop.mixture import (
     with_annotators,
 )
 from prefloop.mixture.choosing import deal
-from prefloop.mixture.rounds import SCORED
+from prefloop.mixture.evidence import deal_annotators
+from prefloop.mixture.rounds import LOGLIK, NEGLIGIBLE
 from prefloop.mixture.starts import vote_means
 from prefloop.mixture.steps import refuse_long_pairs, refuse_no_likelihood
 from prefloop.objectives import DPO, IPO, PlackettLuce
@@ -140,14 +144,13 @@ def test_one_hot_responsibilities_train_each_type_on_its_cluster_alone(tmp_path)
         assert torch.equal(load_file(fitted.weights(kind + 1))["logits"], alone)
 
 
-def test_responsibilities_are_bayes_rule_on_the_log_ratios_on_disk(tmp_path):
+def test_responsibilities_are_bayes_rule_on_the_log_likelihoods_on_disk(tmp_path):
     votes, truth = planted(annotators=6, votes=4)
     start = em.given_start(truth, 2)
     fitted = run_em(tabular_steps(), votes, Mixture(types=2, rounds=1), start, tmp_path)
-    ratio = [load_file(tmp_path / "round-1" / f"type-{k}" / SCORED)["log_ratio"] for k in (1, 2)]
-    better = torch.tensor([row.rank.index(1) for row in votes.rows if row.rank]).unsqueeze(-1)
-    margin = [one.gather(-1, better) - one.gather(-1, 1 - better) for one in ratio]
-    loglik = torch.nn.functional.logsigmoid(torch.cat(margin, -1))  # beta is 1
+    loglik = torch.stack(
+        [load_file(tmp_path / "round-1" / f"type-{k}" / LOGLIK)["loglik"] for k in (1, 2)], -1
+    )
     joint = torch.stack([loglik[votes.annotator == i].sum(0) for i in range(6)]).exp() * 0.5
     torch.testing.assert_close(fitted.gamma, joint / joint.sum(-1, keepdim=True))
 
@@ -172,7 +175,7 @@ def test_a_run_killed_in_the_second_round_ends_in_the_same_files(warm, tmp_path)
     steps.on_step = kill
     with pytest.raises(Killed):
         run_em(steps, votes, mixture, start, tmp_path / "killed")
-    assert not (tmp_path / "killed" / "round-2" / "type-2" / SCORED).exists()
+    assert not (tmp_path / "killed" / "round-2" / "type-2" / LOGLIK).exists()
     again = run_em(tabular_steps(), votes, mixture, start, tmp_path / "killed")
     assert torch.equal(whole.gamma, again.gamma)
     for name in ("rounds.jsonl", "responsibilities.jsonl", "round-3/type-2/weights.safetensors"):
@@ -327,3 +330,123 @@ def test_folds_share_out_each_annotators_judgements_evenly():
         assert fold[votes.annotator == annotator].sum() == 2  # 4 judgements, 2 in fold 1
     with pytest.raises(UserError, match="--folds must be 2 to 12"):
         deal(votes, 1, seed=0)
+
+
+class Remembering(torch.nn.Module):
+    """A policy with one taste and a memory: reward = taste * the answer's value + its memory."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.value = value
+        self.taste = torch.nn.Parameter(torch.zeros(()))
+        self.memory = torch.nn.Parameter(torch.zeros(len(value)))
+
+    def forward(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        shown = torch.tensor([[answer[0] for answer in row.responses] for row in batch])
+        reward = self.taste * self.value[shown] + self.memory[shown]
+        return reward.unsqueeze(-1), torch.ones_like(reward, dtype=torch.bool).unsqueeze(-1)
+
+
+def remembering(annotators: int = 24, each: int = 8) -> tuple[Votes, torch.Tensor, Steps]:
+    """Opposite tastes, no answer shown twice, and a policy that remembers every answer."""
+    rng = torch.Generator().manual_seed(0)
+    truth = torch.arange(annotators) % 2
+    who = torch.arange(annotators).repeat_interleave(each)
+    value = torch.randn(2 * len(who), generator=rng)
+    shown = torch.arange(2 * len(who)).reshape(-1, 2)
+    sign = torch.where(truth[who] == 0, 2.0, -2.0)
+    first = (
+        torch.rand(len(who), generator=rng) < (sign * -value[shown].diff().squeeze(-1)).sigmoid()
+    )
+    rank = torch.where(first.unsqueeze(-1), torch.tensor([1, 2]), torch.tensor([2, 1]))
+    rows = comparison_rows(torch.zeros(len(who), 1, dtype=torch.long), shown, rank)
+    named = [replace(row, annotator=f"a{i}") for row, i in zip(rows, who.tolist(), strict=True)]
+    policy, frozen = Remembering(value), Remembering(value)
+    steps = Steps(
+        make_scorer=lambda: policy,
+        objective=PlackettLuce(beta=1.0),
+        reference=lambda batch: score(frozen, batch).detach(),
+        settings=replace(SETTINGS, lr=0.4, save_every=1000),
+        accelerator=Accelerator(cpu=True),
+    )
+    return Votes.of(named), truth, steps
+
+
+@pytest.mark.parametrize(
+    ("evidence", "least", "most"), [(Trained(), 0, 0.7), (HeldOut(folds=2), 0.9, 1)]
+)
+def test_held_out_annotators_leave_a_random_start_in_which_remembered_votes_freeze(
+    evidence, least, most, tmp_path
+):
+    votes, truth, steps = remembering()
+    start = em.dirichlet_start(len(votes.names), (1.0, 1.0), 0)
+    assert 0.5 <= em.type_accuracy(truth, start) < 0.6
+    mixture = Mixture(types=2, rounds=3, evidence=evidence)
+    fitted = run_em(steps, votes, mixture, start, tmp_path)
+    accuracy = em.type_accuracy(truth, fitted.gamma)
+    assert least <= accuracy <= most
+
+
+def test_held_out_evidence_is_of_policies_that_read_nothing_of_the_annotator(tmp_path):
+    votes, truth = planted(annotators=6, votes=4)
+    start = em.given_start(truth, 2)
+    mixture = Mixture(types=2, rounds=1, evidence=HeldOut(folds=3))
+    fitted = run_em(tabular_steps(), votes, mixture, start, tmp_path / "em")
+    fold = deal_annotators(6, 3, mixture.seed)
+    assert fold.bincount().tolist() == [2, 2, 2]
+    assert fitted.scored == 24
+    total = torch.zeros(6, 2, dtype=torch.float64)
+    for annotator in range(6):
+        for kind in (0, 1):
+            steps = tabular_steps()
+            others = (fold != fold[annotator]) & (truth == kind)
+            steps.train(votes.where(others[votes.annotator]).rows, tmp_path / f"{annotator}{kind}")
+            total[annotator, kind] = steps.loglik(
+                votes.where(votes.annotator == annotator).rows
+            ).sum()
+    torch.testing.assert_close(fitted.gamma, (total + math.log(0.5)).softmax(-1))
+    # What is kept is trained on everybody, by the responsibilities that came out.
+    steps = tabular_steps()
+    weight = fitted.gamma[votes.annotator, 0]
+    steps.train(votes.weighted(torch.where(weight > NEGLIGIBLE, weight, 0.0)), tmp_path / "all")
+    kept = load_file(fitted.weights(1))["logits"]
+    assert torch.equal(kept, steps.weights()["logits"])
+
+
+def test_a_run_with_held_out_annotators_killed_anywhere_ends_in_the_same_files(tmp_path):
+    votes, _ = planted(annotators=6, votes=3)
+    start = em.dirichlet_start(6, (1.0, 1.0), 0)
+    mixture = Mixture(types=2, rounds=2, evidence=HeldOut(folds=2))
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress) -> None:
+        calls.append(progress.step)
+        if len(calls) in (33, 70):  # in a part of round 1, and in the last training on everything
+            raise Killed
+
+    calls: list[int] = []
+    short = replace(SETTINGS, epochs=8, save_every=4)  # 8 steps a type: 32 a round of two parts
+    whole = run_em(tabular_steps(short), votes, mixture, start, tmp_path / "whole")
+    for _ in range(2):
+        steps = tabular_steps(short)
+        steps.on_step = kill
+        with pytest.raises(Killed):
+            run_em(steps, votes, mixture, start, tmp_path / "killed")
+    again = run_em(tabular_steps(short), votes, mixture, start, tmp_path / "killed")
+    assert torch.equal(whole.gamma, again.gamma)
+    for number in (1, 2):
+        assert whole.weights(number).read_bytes() == again.weights(number).read_bytes()
+    assert (tmp_path / "whole" / "final" / "type-1" / "weights.safetensors").exists()
+    assert len(list((tmp_path / "killed").rglob("weights.safetensors"))) == 2
+
+
+def test_evidence_that_cannot_be_had_is_refused():
+    votes, _ = planted(annotators=3, votes=2)
+    with pytest.raises(UserError, match="folds must be 2 or more, got 1"):
+        HeldOut(folds=1)
+    with pytest.raises(UserError, match="folds is 4, more than the 3 annotators"):
+        HeldOut(folds=4)(votes, 0, 0)
+    with pytest.raises(UserError, match="leave --warm out, or hold annotators out"):
+        Mixture(warm=True, evidence=Halves())

@@ -71,7 +71,7 @@ def after_a_round(out: Path) -> bool:
 def within_a_round(out: Path) -> bool:
     """The second type of round 2 is being trained and has a checkpoint."""
     here = out / "round-2" / "type-2"
-    return (here / "checkpoint").exists() and not (here / "evidence.safetensors").exists()
+    return (here / "checkpoint").exists() and not (here / "loglik.safetensors").exists()
 
 
 @pytest.mark.slow

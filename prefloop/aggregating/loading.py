@@ -27,7 +27,6 @@ class Types:
         reference: what they were trained from: the base with its adapters off, or a model.
         shares: eta_k, share of each type among the annotators.
         beta: strength of the KL constraint they were trained with, per nat.
-        scale: of the rewards where people are put into types, see `em.evidence_scale`.
         gamma: responsibilities of each annotator by name.
         model: name or folder of the base.
     """
@@ -37,7 +36,6 @@ class Types:
     reference: Policy
     shares: Float[Tensor, " K"]
     beta: float
-    scale: float
     gamma: dict[str, list[float]]
     model: str
 
@@ -107,7 +105,6 @@ def load_types(run: Path, device: torch.device | str | None = None) -> Types:
         reference=reference,
         shares=torch.tensor(found["shares"], dtype=torch.float64),
         beta=float(found["beta"]),
-        scale=float(found["scale"]),
         gamma={row["annotator"]: row["gamma"] for row in told},
         model=found["model"],
     )

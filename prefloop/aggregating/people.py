@@ -20,11 +20,11 @@ from prefloop.types import judgement, ordered_pairs
 def posterior(types: Types, votes: Votes) -> Float[Tensor, "I K"]:
     """Probability of each type for each annotator of `votes`, from the shares and their votes.
 
-    gamma_k ~ share_k prod over judgements of the Plackett-Luce likelihood under scale h_k
+    gamma_k ~ share_k prod over judgements of the Plackett-Luce likelihood under h_k
     """
     logps = types.logps(votes.rows)
     rank = judgement(votes.rows).rank
-    implicit = types.scale * types.beta * (logps[1:] - logps[0])  # (K, J, N)
+    implicit = types.beta * (logps[1:] - logps[0])  # (K, J, N)
     loglik = torch.stack([-factors(reward, rank).sum(-1) for reward in implicit], -1)
     total = em.by_annotator(loglik, votes.annotator, len(votes.names))
     return em.responsibilities(total, types.shares).responsibilities

@@ -135,5 +135,5 @@ def type_logliks(steps: Steps, fitted: Fitted, votes: Votes) -> Float[Tensor, "I
     columns = []
     for number in range(1, fitted.gamma.shape[-1] + 1):
         steps.put_file(fitted.weights(number))
-        columns.append(steps.loglik(votes.rows, fitted.scale))
+        columns.append(steps.loglik(votes.rows))
     return em.by_annotator(torch.stack(columns, -1), votes.annotator, len(votes.names))

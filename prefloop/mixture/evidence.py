@@ -10,7 +10,7 @@ one: the class, and its name in `EVIDENCE`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -35,15 +35,10 @@ class Evidence(Protocol):
     Attributes:
         unseen: judgements are scored by policies that did not train on them. The policies that are
             kept are then trained once more, on everything, after the last round.
-        scaled: rewards are multiplied in each E-step by the one number that makes the scored
-            judgements likeliest; see `em.evidence_scale`.
     """
 
     @property
     def unseen(self) -> bool: ...
-
-    @property
-    def scaled(self) -> bool: ...
 
     def __call__(self, votes: Votes, number: int, seed: int) -> Sequence[Part]:
         """The parts of round `number`, the first being 0."""
@@ -54,8 +49,7 @@ class Evidence(Protocol):
 class Trained:
     """All judgements are trained on and scored, as in the authors' code: plain EM."""
 
-    unseen: bool = False
-    scaled: bool = False
+    unseen: ClassVar[bool] = False
 
     def __call__(self, votes: Votes, number: int, seed: int) -> list[Part]:
         """One part: everything, twice."""
@@ -68,13 +62,9 @@ class Halves:
     """Half of each annotator's judgements is trained on, the other half scored; they swap places.
 
     The cross-fitting of others who ran EM-DPO. A round costs half, and half the evidence is read.
-
-    Attributes:
-        scaled: see `Evidence`.
     """
 
-    scaled: bool = False
-    unseen: bool = True
+    unseen: ClassVar[bool] = True
 
     def __call__(self, votes: Votes, number: int, seed: int) -> list[Part]:
         """One part."""
@@ -95,12 +85,10 @@ class HeldOut:
 
     Attributes:
         folds: parts of the annotators, the same in all rounds.
-        scaled: see `Evidence`.
     """
 
-    folds: int = 3
-    scaled: bool = True
-    unseen: bool = True
+    folds: int = 4
+    unseen: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.folds < 2:

@@ -1,13 +1,13 @@
 """Rounds of EM on disk: killed anywhere, they go on and end in the same numbers.
 
-FOLDER/rounds.jsonl             a line a round: log-likelihood, shares, scale, what died
+FOLDER/rounds.jsonl             a line a round: log-likelihood, shares, what died
 FOLDER/responsibilities.jsonl   a line an annotator, after the last round so far
-FOLDER/round-1/type-1/          metrics.jsonl, evidence.safetensors, weights.safetensors
+FOLDER/round-1/type-1/          metrics.jsonl, loglik.safetensors, weights.safetensors
 FOLDER/round-1/part-1/type-1/   the same where a round has parts, see `evidence`
 FOLDER/final/type-1/            the last training on everything, where evidence was held out
 
-A round whose evidence is on disk is not done again: replaying the E-steps from it gives the very
-responsibilities of the run that was killed.
+A round whose log-likelihoods are on disk is not done again: replaying the E-steps from them gives
+the very responsibilities of the run that was killed.
 """
 
 import shutil
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefloop import em
-from prefloop.logps.layout import table_shape
 from prefloop.mixture.evidence import Evidence, Halves, Part, Trained
 from prefloop.mixture.steps import Steps
 from prefloop.mixture.votes import Votes
@@ -36,7 +35,7 @@ DEAD = 0.5
 """A type with fewer expected annotators than this has died."""
 
 WEIGHTS = "weights.safetensors"
-SCORED = "evidence.safetensors"
+LOGLIK = "loglik.safetensors"
 FINAL = "final"
 ROUNDS = "rounds.jsonl"
 RESPONSIBILITIES = "responsibilities.jsonl"
@@ -87,13 +86,11 @@ class Fitted:
         history: every round.
         folder: where it is on disk.
         scored: judgements that the last E-step scored; half of them under `Halves`.
-        scale: of the rewards, in the last E-step.
     """
 
     history: tuple[em.Round, ...]
     folder: Path
     scored: int
-    scale: float
 
     @property
     def gamma(self) -> Float[Tensor, "I K"]:
@@ -145,43 +142,36 @@ def run_em(
     history: list[em.Round] = []
     for done in em.rounds(work.fit, start, mixture.rounds, ASSIGN[mixture.assign]):
         history.append(done)
-        _write(folder, votes, history, work)
+        _write(folder, votes, history, work.scored[-1])
         on_round(done)
     if mixture.evidence.unseen:
         work.finish(ASSIGN[mixture.assign](history[-1].belief))
-    scored, scale = work.scored[-1], work.scales[-1]
-    return Fitted(history=tuple(history), folder=folder, scored=scored, scale=scale)
+    return Fitted(history=tuple(history), folder=folder, scored=work.scored[-1])
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a round needs to know, and what is said of the rounds so far.
-
-    Attributes:
-        scored: judgements that each round scored.
-        scales: of the rewards, in each E-step.
-    """
+    """What a round needs to know, and how many judgements each round so far has scored."""
 
     steps: Steps
     votes: Votes
     mixture: Mixture
     folder: Path
     scored: list[int] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)
 
     def fit(self, gamma: Tensor, number: int) -> Tensor:
         """M-step of round `number` (the first is 0), and the log-likelihoods (I, K) it gives."""
         here, before = (self.folder / f"round-{one}" for one in (number + 1, number))
         parts = self.mixture.evidence(self.votes, number, self.mixture.seed)
-        ratio = torch.zeros(*table_shape(self.votes.rows)[:2], self.mixture.types).double()
+        loglik = torch.zeros(len(self.votes.rows), self.mixture.types, dtype=torch.float64)
         for place, part in enumerate(parts, 1):
             name = f"part-{place}" if len(parts) > 1 else ""
             start = before / name if self.mixture.warm and number else None
-            ratio += torch.stack(self._part(gamma, part, here / name, start), -1)
+            loglik += self._part(gamma, part, here / name, start)
         for old in before.rglob(WEIGHTS):
             old.unlink()  # nobody reads them any more
-        scored = torch.stack([part.scored for part in parts]).any(0)
-        return self._evidence(ratio, scored, em.type_shares(gamma))
+        self.scored.append(int(torch.stack([part.scored for part in parts]).any(0).sum()))
+        return em.by_annotator(loglik, self.votes.annotator, len(self.votes.names))
 
     def finish(self, gamma: Float[Tensor, "I K"]) -> None:
         """Train every type on all judgements, once more."""
@@ -190,26 +180,10 @@ class _Work:
         for old in (self.folder / f"round-{self.mixture.rounds}").rglob(WEIGHTS):
             old.unlink()
 
-    def _evidence(
-        self, ratio: Float[Tensor, "J N K"], scored: Bool[Tensor, " J"], shares: Tensor
-    ) -> Float[Tensor, "I K"]:
-        """Log-likelihood of each annotator's scored judgements, at the best scale where asked."""
-        votes = self.votes.where(scored)
-        table = ratio[scored].unbind(-1)
-
-        def loglik(scale: float) -> Tensor:
-            columns = [self.steps.likelihood(one, votes.rows, scale) for one in table]
-            return em.by_annotator(torch.stack(columns, -1), votes.annotator, len(votes.names))
-
-        scale = em.evidence_scale(loglik, shares) if self.mixture.evidence.scaled else 1.0
-        self.scored.append(len(votes.rows))
-        self.scales.append(scale)
-        return loglik(scale)
-
     def _part(
         self, gamma: Tensor, part: Part, here: Path, before: Path | None
-    ) -> list[Float[Tensor, "J N"]]:
-        """Train every type on one part of the evidence; what each says of the scored judgements.
+    ) -> Float[Tensor, "J K"]:
+        """Train every type on one part of the evidence; log-likelihoods of what it scores, else 0.
 
         Types start where they were in `before`, at the origin where that is None.
         """
@@ -220,16 +194,16 @@ class _Work:
             name = f"type-{index + 1}"
             start = before / name / WEIGHTS if before else None
             found.append(self._type(weight, part.scored, here / name, start))
-        return found
+        return torch.stack(found, -1)
 
     def _type(
         self, weight: Tensor, scored: Tensor, here: Path, start: Path | None
-    ) -> Float[Tensor, "J N"]:
-        """Log ratio of each response under one type, 0 where the judgement is not scored."""
-        done = here / SCORED
+    ) -> Float[Tensor, " J"]:
+        """Log-likelihood of each judgement under one type, 0 where it is not scored."""
+        done = here / LOGLIK
         if not done.exists():
             here.mkdir(parents=True, exist_ok=True)
-            found = torch.zeros(table_shape(self.votes.rows)[:2], dtype=torch.float64)
+            found = torch.zeros(len(weight), dtype=torch.float64)
             if start is None:
                 self.steps.put(self.steps.origin)
             else:
@@ -240,13 +214,12 @@ class _Work:
             self.steps.save(here / WEIGHTS)
             places = scored.nonzero().flatten().tolist()
             if places:
-                ratio = self.steps.log_ratio([self.votes.rows[place] for place in places])
-                found[scored, : ratio.shape[-1]] = ratio
+                found[scored] = self.steps.loglik([self.votes.rows[place] for place in places])
             part = done.with_suffix(".part")
-            save_file({"log_ratio": found}, part)
+            save_file({"loglik": found}, part)
             part.replace(done)
             shutil.rmtree(here / "checkpoint", ignore_errors=True)
-        return load_file(done)["log_ratio"]
+        return load_file(done)["loglik"]
 
 
 def dead_types(gamma: Float[Tensor, "I K"]) -> list[int]:
@@ -260,15 +233,14 @@ def write_responsibilities(path: Path, names: Sequence[str], gamma: Float[Tensor
     write_jsonl(path, ({"annotator": name, "gamma": row} for name, row in rows))
 
 
-def _write(folder: Path, votes: Votes, history: list[em.Round], work: _Work) -> None:
+def _write(folder: Path, votes: Votes, history: list[em.Round], scored: int) -> None:
     write_responsibilities(
         folder / RESPONSIBILITIES, votes.names, history[-1].belief.responsibilities
     )
-    rounds = zip(history, work.scored, work.scales, strict=True)
-    write_jsonl(folder / ROUNDS, (_line(*one) for one in rounds))
+    write_jsonl(folder / ROUNDS, (_line(done, scored) for done in history))
 
 
-def _line(done: em.Round, scored: int, scale: float) -> dict[str, Any]:
+def _line(done: em.Round, scored: int) -> dict[str, Any]:
     gamma = done.belief.responsibilities
     shares = em.type_shares(gamma)
     loglik = float(done.belief.evidence.sum())
@@ -276,7 +248,6 @@ def _line(done: em.Round, scored: int, scale: float) -> dict[str, Any]:
         "round": done.number + 1,
         "loglik": loglik,
         "loglik_per_judgement": loglik / max(1, scored),
-        "scale": scale,
         "prior": done.shares.tolist(),
         "shares": shares.tolist(),
         "effective_types": float(em.effective_types(shares)),

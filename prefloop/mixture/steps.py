@@ -5,7 +5,7 @@ model) is put in and taken out as tensors by name. Memory holds the base once an
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefloop.logps import logps_once
-from prefloop.logps.layout import response_mask, table_shape
 from prefloop.objectives import DPO, BestOfN, Objective, PlackettLuce, TopK
 from prefloop.settings import TrainSettings
 from prefloop.trainer import Progress, build_trainer, fit
 from prefloop.trainer.loop import Reference
-from prefloop.types import Logps, Tokenized, UserError, judgement
+from prefloop.types import Tokenized, UserError, judgement
 
 Likelihood: TypeAlias = PlackettLuce | BestOfN | TopK | DPO
 LIKELIHOODS = (PlackettLuce, BestOfN, TopK, DPO)
@@ -43,7 +42,7 @@ class Steps:
     """
 
     make_scorer: Callable[[], nn.Module]
-    objective: Likelihood
+    objective: Objective
     reference: Reference
     settings: TrainSettings
     accelerator: Accelerator
@@ -89,32 +88,19 @@ class Steps:
         self.accelerator._models.clear()
 
     @torch.no_grad()
-    def log_ratio(self, rows: Sequence[Tokenized]) -> Float[Tensor, "J N"]:
-        """log pi(y|x) / pi_ref(y|x) of the policy in place, in nats; 0 where there is no response.
+    def loglik(self, rows: Sequence[Tokenized]) -> Float[Tensor, " J"]:
+        """Log-likelihood of each judgement under the policy in place, in nats, unweighted.
 
         Every different answer goes through the model once, however many judged it.
         """
         scorer = self.make_scorer().to(self.accelerator.device).eval()
-        found = torch.zeros(table_shape(rows)[:2], dtype=torch.float64)
+        found = torch.zeros(len(rows), dtype=torch.float64)
         for part, policy in logps_once(scorer, rows, self.settings.token_budget):
-            reference = self.reference([rows[index] for index in part])
-            ratio = policy.sum.double() - reference.sum.double().cpu()
-            found[torch.tensor(part), : ratio.shape[-1]] = ratio
+            batch = [rows[index] for index in part]
+            reference = self.reference(batch).to(policy.token.device)
+            losses = self.objective.per_comparison(policy, reference, judgement(batch))
+            found[torch.tensor(part)] = -losses.double()
         return found
-
-    def loglik(self, rows: Sequence[Tokenized], scale: float = 1.0) -> Float[Tensor, " J"]:
-        """Log-likelihood of each judgement under the policy in place, in nats, unweighted."""
-        return self.likelihood(self.log_ratio(rows), rows, scale)
-
-    def likelihood(
-        self, log_ratio: Float[Tensor, "J N"], rows: Sequence[Tokenized], scale: float = 1.0
-    ) -> Float[Tensor, " J"]:
-        """Log-likelihood of each judgement, from log ratios and `scale` times the rewards."""
-        objective = replace(self.objective, beta=scale * self.objective.beta)
-        exists = response_mask(rows).any(-1, keepdim=True)
-        policy = Logps(log_ratio.unsqueeze(-1), exists)
-        nothing = Logps(torch.zeros_like(policy.token), exists)
-        return -objective.per_comparison(policy, nothing, judgement(rows))
 
 
 def refuse_no_likelihood(objective: Objective) -> None:

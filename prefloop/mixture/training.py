@@ -135,7 +135,6 @@ class MixtureTraining:
             "annotators": len(votes.names),
             "judgements": len(votes.rows),
             "rounds": len(fitted.history),
-            "scale": fitted.scale,
             "start": chosen + 1,
             "beta": self.objective.beta,
             "objective": repr(self.objective),

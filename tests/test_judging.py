@@ -207,6 +207,30 @@ def test_the_command_says_how_far_the_judge_can_be_trusted(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "3 (100.0 %) another winner in the other order; counted as a tie" in said
     assert "100.0 % name the answer shown first" in said
+    assert "next: prefloop train" in said
+
+
+def test_the_command_sends_nobody_on_with_rows_that_no_reply_judged(tmp_path, capsys):
+    with server(thinks_aloud) as (url, _):
+        words = f"judge --data {responses(tmp_path)} --server {url} --out {tmp_path / 'run'}"
+        assert main(words.split()) == 0
+    said = capsys.readouterr().out
+    assert "3 (100.0 %) a reply without a verdict; not judged" in said
+    assert "nothing to train on" in said
+    assert "prefloop train" not in said
+
+
+def test_what_a_server_cannot_do_is_refused_before_the_folder_is_made(tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+    write_jsonl(prompts, [{"id": "p", "prompt": "say"}])
+
+    def same(body, headers, calls):
+        return 200, {}, completion(body, text="always this", count=1)
+
+    with scripted(same) as (url, _):
+        assert main(f"sample --data {prompts} --server {url} --out {out} --n 2".split()) == 2
+    assert "it does not sample" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
 
 
 def test_the_sample_command_asks_a_server_and_goes_on(tmp_path, capsys):
@@ -215,11 +239,12 @@ def test_the_sample_command_asks_a_server_and_goes_on(tmp_path, capsys):
     with server(good) as (url, _):
         words = f"sample --data {prompts} --server {url} --n 2 --out {tmp_path / 'run'}"
         assert main(words.split()) == 0
+        assert main(f"{words} --resume --patience 5 --concurrency 1".split()) == 0
     rows = list(read_jsonl(tmp_path / "run" / "responses.jsonl"))
     assert [len(row["responses"]) for row in rows] == [2, 2, 2]
     assert rows[0]["sampler"] == ["server:the-model"] * 2
     assert rows[0]["server_logps"] == [-2.0, -2.0]
-    assert main(f"{words} --model x".split()) == 2
+    assert main(f"{words}-2 --model x".split()) == 2
     assert "not both" in capsys.readouterr().err
 
 

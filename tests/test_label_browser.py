@@ -150,6 +150,29 @@ def test_text_of_a_model_is_shown_and_never_run(page):
     assert page.execute_script("return document.images.length") == 0
 
 
+def test_a_long_prompt_leaves_the_answers_in_sight_and_marks_that_turn_text_are_shown(
+    browser, store
+):
+    turned = "safe \u202egnp.exe\u202c, hidden \u200b"
+    row = Comparison(
+        prompt="word " * 2000, responses=(turned, "x" * 20_000, "z\n" * 800), id="long"
+    )
+    server = serve(Labeller(store=store, tasks=tasks_of([row]), annotator="ann"))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    browser.get(server.url)
+    until(browser, "safe [U+202E]gnp.exe[U+202C], hidden [U+200B]")
+    tops = browser.execute_script(
+        "return [...document.querySelectorAll('.answer')]"
+        ".map(part => part.getBoundingClientRect().top / window.innerHeight)"
+    )
+    assert max(tops) < 0.9
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 1300
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 def test_the_page_fits_a_phone(page):
     size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": False}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -351,6 +351,7 @@ def test_numbers_are_short_and_honest():
     assert shorten("a  b\nc", 10) == "a b c"
     assert shorten("abcdefgh", 5) == "abcd\u2026"
     assert visible("a\tb\nc\x7f\x85") == "a\tb\nc\u2421[U+0085]"
+    assert visible("a\u200bb\u2060c\U000e0041") == "a[U+200B]b[U+2060]c[U+E0041]"
 
 
 # Writing, and what is refused ---------------------------------------------------------------------

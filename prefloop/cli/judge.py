@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+HASTE = ("patience", "concurrency")  # settings that answers do not depend on
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
@@ -60,11 +62,15 @@ class Judge:
             judge = judging.Judge(
                 connection, question=question, max_new_tokens=self.max_new_tokens, seed=self.seed
             )
-            out = start_run(self.out, "judge", settings(self), self.resume)
+            out = start_run(self.out, "judge", settings(self), self.resume, HASTE)
             for _ in judging.judge_rows(rows, out, judge, step):
                 pass
-        _say(read_json(out / "judge.json"))
+        counts = read_json(out / "judge.json")
+        _say(counts)
         print(f"wrote {out / 'judged.jsonl'}")
+        if counts["left_out"] == counts["rows"]:
+            print("no row was judged, so there is nothing to train on; ask another judge")
+            return
         print(f"next: prefloop train --data {out / 'judged.jsonl'} --model MODEL --out RUN")
 
 

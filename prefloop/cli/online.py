@@ -113,7 +113,7 @@ class Online:
                 out=self.out,
                 on_stage=lambda number, stage: print(f"[round {number}] {stage}", flush=True),
             )
-            start_run(self.out, "online", settings(self), self.resume)
+            start_run(self.out, "online", settings(self), self.resume, ("patience",))
             try:
                 for row in loop():
                     _say(row)

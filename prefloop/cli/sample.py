@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     Collect = Callable[[Sequence[Comparison], Path, Draw, Callable[[int], None]], list[Comparison]]
 
+HASTE = ("patience", "concurrency")  # settings that answers do not depend on
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -78,8 +80,8 @@ class Sample:
         sampler = parse(self.sampler, SAMPLERS)
         draw = Draw(n=self.n, settings=drawing, seed=self.seed, sampler=sampler)
         prompts = data.read_prompts(self.data)
-        with self._source() as collect:
-            out = start_run(self.out, "sample", settings(self), self.resume)
+        with self._source(draw) as collect:
+            out = start_run(self.out, "sample", settings(self), self.resume, HASTE)
             with progress("sampling", len(prompts)) as step:
                 collect(prompts, out, draw, step)
         print(
@@ -88,7 +90,7 @@ class Sample:
         print(f"next: prefloop score --data {out / 'responses.jsonl'} --reward vader --out SCORED")
 
     @contextmanager
-    def _source(self) -> "Iterator[Collect]":
+    def _source(self, draw: "Draw") -> "Iterator[Collect]":
         """Who answers: the policy in this process, or a server."""
         from functools import partial
 
@@ -108,4 +110,5 @@ class Sample:
             patience=self.patience,
         )
         with connect(server, note) as connection:
+            connection.refuse_impossible(draw.n, draw.settings, draw.sampler)
             yield partial(ask_server, connection)

@@ -3,8 +3,14 @@
 import math
 
 ELLIPSIS = "\u2026"
-HIDDEN = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF}
-"""Characters that reorder text without being seen."""
+HIDDEN = {
+    *range(0x202A, 0x202F),
+    *range(0x2060, 0x206A),
+    *range(0xE0000, 0xE0080),
+    *(0x061C, 0x200B, 0x200E, 0x200F, 0xFEFF),
+}
+"""Characters that reorder text without being seen, or that are not seen at all; the joiners stay,
+which scripts and pictures need."""
 
 
 def number(value: int | float, digits: int = 4) -> str:

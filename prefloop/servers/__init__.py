@@ -161,7 +161,7 @@ class Connection:
             UserError: a sampler that mixes models, something this server cannot do, a reply that
                 is not what was asked for, a server that is gone for longer than its patience.
         """
-        self._refuse(n, settings, sampler, needs_logps)
+        self.refuse_impossible(n, settings, sampler, needs_logps)
         answers = self._answers(prompts, n, settings, seed)
         if any(one.silent for row in answers for one in row):
             raise UserError(
@@ -208,7 +208,10 @@ class Connection:
             )
         return [_answer(self.server, choice) for choice in found]
 
-    def _refuse(self, n: int, settings: Sampling, sampler: Sampler, needs_logps: bool) -> None:
+    def refuse_impossible(
+        self, n: int, settings: Sampling, sampler: Sampler, needs_logps: bool = False
+    ) -> None:
+        """Refuse what this server was seen not to do, as `sample` does; nothing is sent."""
         url = self.server.url
         if n < 1:
             raise UserError(f"n must be at least 1 answer a prompt, got {n}")
@@ -379,7 +382,8 @@ def _only_model(wire: _Wire) -> str:
     names = [str(one.get("id")) for one in listed if isinstance(one, dict)]
     if len(names) != 1:
         raise UserError(
-            f"{wire.server.url}: name the model; the server lists {', '.join(names[:10]) or 'none'}"
+            f"{wire.server.url}: name the model (--server-model, --judge-model); the server lists "
+            f"{', '.join(names[:10]) or 'none'}"
         )
     return names[0]
 

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from prefloop.data import Empty, Overlong, best_vs_worst, tokenize, with_ranks
-from prefloop.logps import Scorer, cached_reference, model_identity
-from prefloop.objectives import Objective, needs_mismatched
+from prefloop.logps import EmbeddedScorer, Scorer, cached_reference, model_identity
+from prefloop.objectives import Objective, needs_embeddings, needs_mismatched
 from prefloop.pairing import with_mismatched
 from prefloop.policies import Policy
 from prefloop.policies.policy import evaluating
@@ -170,7 +170,7 @@ class Training:
                 self.accelerator
             ):  # in another precision the two would not start equal
                 reference = referred(self.policy, asked, self.settings)
-        scorer = self.policy.scorer(None, with_collision=self.objective.needs_collision)
+        scorer = _scorer(self.policy, self.objective)
         trainer = build_trainer(
             scorer, self.objective, reference, self.settings, self.accelerator, self.gradient
         )
@@ -181,6 +181,13 @@ class Training:
             self.policy.save(self.out / "policy", own)
         self.accelerator.wait_for_everyone()
         return metrics
+
+
+def _scorer(policy: Policy, objective: Objective) -> Scorer:
+    """What scores `policy` in training: with all that `objective` reads."""
+    if needs_embeddings(objective):
+        return EmbeddedScorer(policy.model)
+    return policy.scorer(None, with_collision=objective.needs_collision)
 
 
 def carry_selection(data: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from prefloop.logps.cache import CachedLogps, cached_reference, model_identity
 from prefloop.logps.distinct import Distinct, distinct, logps_once
+from prefloop.logps.embedded import EmbeddedScorer
 from prefloop.logps.head import chunked, exact
 from prefloop.logps.layout import TOKENS, buckets
 from prefloop.logps.scorer import Scorer, hidden_sums, logps_and_hidden_sums, verify
@@ -11,6 +12,7 @@ __all__ = [
     "TOKENS",
     "CachedLogps",
     "Distinct",
+    "EmbeddedScorer",
     "FullLogits",
     "Masked",
     "OneARow",

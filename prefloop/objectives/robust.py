@@ -11,15 +11,17 @@ from prefloop.objectives.checks import given, positive, require, share
 from prefloop.objectives.family import (
     Batchwise,
     Listwise,
+    Objective,
     Pairwise,
     log_ratio,
     over_pairs,
     pair_margin,
 )
 from prefloop.objectives.pairwise import DPO
+from prefloop.objectives.wrapped import Sum
 from prefloop.types import Logps, Pair, PerComparison, PerPair, UserError
 
-__all__ = ["KLDPO", "DrDPO", "RobustDPO", "WassersteinDPO"]
+__all__ = ["KLDPO", "DrDPO", "RobustDPO", "WassersteinDPO", "needs_embeddings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +145,15 @@ class WassersteinDPO(Listwise):
     """DPO against the worst inputs nearby: a penalty on the gradient by the input embeddings.
 
         loss = l + rho sum over responses ||grad_e l||^2,   l = DPO's loss of the comparison,
-           e = input embeddings of a response, squares summed over positions and dimensions
+           e = input embeddings of a response and of its own copy of the prompt, squares summed
+               over positions and dimensions
 
-    Reads `Logps.embeddings` of the policy, in its graph, and differentiates twice: one comparison
-    a micro-batch, an attention that can do it (eager, or SDPA's math kernel), no re-entrant
-    checkpointing. Where gradients are off (evaluation) there is nothing to differentiate, and the
-    value is l alone. The theory takes the square root of the mean squared norm (remembered); the
-    authors' code, and this, do not. With more than two responses l is the mean over the ordered
-    pairs.
+    Reads `Logps.embeddings` of the policy, in its graph, and differentiates twice: training takes
+    `logps.EmbeddedScorer`, a row a response under SDPA's math kernel, which needs more time and
+    memory than shared prompts; no activation checkpointing, no sharded weights. Where gradients
+    are off (evaluation) there is nothing to differentiate, and the value is l alone. The theory
+    takes the square root of the mean squared norm (remembered); the authors' code, and this, do
+    not. With more than two responses l is the mean over the ordered pairs.
 
     When:
         inputs at test time are perturbed, the model is small, and second derivatives are affordable
@@ -179,10 +182,17 @@ class WassersteinDPO(Listwise):
         if policy.embeddings is None:
             raise UserError(
                 "WassersteinDPO differentiates by the input embeddings, but the policy's Logps has "
-                "none; use a scorer that returns them, or KLDPO, which needs only log-probabilities"
+                "none; use logps.EmbeddedScorer, or KLDPO, which needs only log-probabilities"
             )
         (gradient,) = torch.autograd.grad(losses.sum(), policy.embeddings, create_graph=True)
         return losses + self.rho * gradient.square().sum((-1, -2, -3))
 
     def rewards(self, policy: Logps, reference: Logps | None) -> Float[Tensor, "*shape"]:
         return self.beta * log_ratio(policy, given(reference))
+
+
+def needs_embeddings(objective: Objective) -> bool:
+    """Whether the policy's `Logps` needs input embeddings, as `logps.EmbeddedScorer` gives them."""
+    if isinstance(objective, Sum):
+        return any(needs_embeddings(part) for part in objective.objectives)
+    return isinstance(objective, WassersteinDPO)

@@ -37,17 +37,20 @@ def mixture_section(fitted: Fitted, votes: Votes) -> dict[str, Any]:
         "title": "Annotator types",
         "paragraphs": [_lead(fitted, votes)],
         "tables": [_table(fitted, types)],
-        "lines": lines,
+        "lines": lines if len(rounds) > 1 else [],
         "heatmaps": [_heatmap(fitted, votes, types)],
     }
 
 
 def _lead(fitted: Fitted, votes: Votes) -> str:
     died = "".join(f" Type {number} died: nobody is left in it." for number in fitted.dead)
+    count = len(fitted.history)
+    rounds = "one round of EM" if count == 1 else f"{count} rounds of EM"
     return (
-        f"{len(votes.names)} annotators gave {len(votes.rows)} judgements; "
-        f"{len(fitted.history)} rounds of EM put each into types by how likely their judgements "
-        f"are under each type's policy.{died}"
+        f"{len(votes.names)} annotators gave {len(votes.rows)} judgements; {rounds} put each into "
+        "types by how likely their judgements are under each type's policy. Log-likelihood of the "
+        f"{fitted.scored} judgements that the last round scored: {fitted.loglik:.1f} nats, "
+        f"{fitted.loglik / max(1, fitted.scored):.3f} each.{died}"
     )
 
 
@@ -82,6 +85,6 @@ def _heatmap(fitted: Fitted, votes: Votes, types: list[str]) -> dict[str, Any]:
         "title": "Probability of each type, by annotator",
         "rows": [votes.names[index] for index in shown],
         "columns": types,
-        "values": [gamma[index].tolist() for index in shown],
+        "values": [[round(value, 3) for value in gamma[index].tolist()] for index in shown],
         "note": note,
     }

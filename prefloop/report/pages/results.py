@@ -13,7 +13,7 @@ CARDS = 4
 
 def results(runs: Sequence[Run]) -> list[Section]:
     """The result table, the runs side by side; of one run its first numbers as cards as well."""
-    measured = {run.name: _estimates(run) for run in runs}
+    measured = {run.name: found for run in runs if (found := _estimates(run))}
     names = list(dict.fromkeys(name for found in measured.values() for name in found))
     if not names:
         return []

@@ -125,7 +125,8 @@ def _keys(
         return both if held_out else ()
     keys = [Key(name=role, colour=order) for order, (_, role) in enumerate(group)]
     if len(runs) > 1:
-        keys = [Key(name=run.name, colour=place) for place, run in enumerate(runs)]
+        drawn = {line.colour for line in series}
+        keys = [Key(name=run.name, colour=at) for at, run in enumerate(runs) if at in drawn]
         keys += [
             Key(name=role, mark="dashed" if order else "") for order, (_, role) in enumerate(group)
         ]

@@ -221,6 +221,7 @@ def prefloop_model(material: Material, adapter: dict[str, torch.Tensor]) -> nn.M
 
 def run_prefloop(material: Material, rows: list[Tokenized], model: nn.Module) -> Run:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     from prefloop.logps import Scorer, cached_reference, model_identity
     from prefloop.objectives import DPO
@@ -229,6 +230,7 @@ def run_prefloop(material: Material, rows: list[Tokenized], model: nn.Module) ->
     case = material.case
     steps = -(-len(rows) // case.batch)
     with tempfile.TemporaryDirectory() as folder:
+        AcceleratorState._reset_state(reset_partial_state=True)  # TRL's may be of another precision
         accelerator = Accelerator(cpu=True, mixed_precision=case.precision)
         started, wall = time.process_time(), time.perf_counter()
         with accelerator.autocast():
@@ -312,9 +314,12 @@ def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def compare(material: Material) -> tuple[list[Run], list[Run], list[Tokenized]]:
     """Both sides in turn, `rounds` times."""
+    from accelerate.state import AcceleratorState
+
     case = material.case
     trl_runs, prefloop_runs, rows = [], [], []
     for number in range(case.rounds):
+        AcceleratorState._reset_state(reset_partial_state=True)
         with tempfile.TemporaryDirectory() as folder:
             trainer = trl_trainer(material, folder)
             rows = tokenized(trainer, len(material.data[0].responses))

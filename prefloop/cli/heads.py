@@ -120,8 +120,9 @@ class Heads:
         head = LinearTypes(types=types, restarts=1, crossfit=self.crossfit)
         one = told(votes, [head.once(votes, seed) for seed in range(self.seeds)])
         write_responsibilities(out / f"responsibilities-{types}.jsonl", votes.names, one.gamma)
-        alike = "one seed" if one.stability is None else f"{one.stability:.3f}"
-        print(f"{types} types, adjusted Rand index between seeds {alike}:")
+        stable = one.stability
+        alike = "" if stable is None else f", adjusted Rand index between seeds {stable:.3f}"
+        print(f"{types} types{alike}:")
         for number in range(types):
             print(
                 f"  type {number + 1}: share {one.shares[number]:.3f}, the longer won "

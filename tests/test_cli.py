@@ -313,6 +313,21 @@ def test_in_half_precision_a_policy_begins_at_its_reference(model, tmp_path):
     assert first["displacement/chosen"] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("command", ["sample", "evaluate", "heads", "reward"])
+def test_one_of_several_processes_is_refused_where_no_work_is_shared(
+    command, tmp_path, capsys, monkeypatch
+):
+    data, run = comparisons(tmp_path / "data.jsonl"), tmp_path / "run"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = {"sample": ["--model", "m", "--out"], "heads": ["--out"], "reward": ["--out"]}
+    words = [command, *given.get(command, []), str(run), "--data", str(data)]
+    assert main(words) == 2
+    assert (
+        f"prefloop {command} runs in one process, and this is one of 2" in capsys.readouterr().err
+    )
+    assert not run.exists()
+
+
 def test_resuming_with_other_settings_is_refused_by_name(model, tmp_path, capsys):
     data = comparisons(tmp_path / "data.jsonl")
     assert train(model, data, tmp_path / "run") == 0

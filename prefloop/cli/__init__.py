@@ -8,7 +8,7 @@ import difflib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -84,6 +84,7 @@ def _run(name: str, words: list[str]) -> int:
             args=words,
             default=default,
         )
+        _refuse_several(name, settings, os.environ)
         _refuse_taken(settings)
         settings()
     except UserError as error:
@@ -104,6 +105,19 @@ def _run(name: str, words: list[str]) -> int:
             raise
         return _mistake(said)
     return 0
+
+
+def _refuse_several(name: str, command: Any, environment: Mapping[str, str]) -> None:
+    """Refuse to be one of several processes that would all do the same and write the same files."""
+    from prefloop.errors import UserError
+
+    count = environment.get("WORLD_SIZE", "1")
+    if count != "1" and not getattr(command, "shares", False):
+        raise UserError(
+            f"prefloop {name} runs in one process, and this is one of {count}; start it without "
+            "torchrun or accelerate launch. train, score, select and reward --model share their "
+            "work"
+        )
 
 
 def _refuse_taken(command: Any) -> None:

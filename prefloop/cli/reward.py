@@ -61,6 +61,11 @@ class Reward:
     resume: bool = False
     """Go on with the run in --out."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether the processes of torchrun share the work; heads on an encoder take seconds."""
+        return bool(self.model)
+
     def __call__(self) -> None:
         """Check everything, train the members, measure, say what came out."""
         from accelerate import PartialState

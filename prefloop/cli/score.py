@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """Score sampled answers: by a reward, by a policy, by an encoder, in one pass over the file."""
+
+    shares: ClassVar[bool] = True  # the work, with the processes of torchrun
 
     data: Path
     """Rows with `prompt` and `responses`: JSON-lines, Parquet, Arrow or a saved data set."""

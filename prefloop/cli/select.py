@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Select:
     """Choose the prompts that are worth a label, by a score of each prompt."""
+
+    shares: ClassVar[bool] = True  # the work, with the processes of torchrun
 
     data: Path
     """Scored responses: scored.jsonl of `prefloop score`, or any data with a score a response;

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a policy on comparisons."""
+
+    shares: ClassVar[bool] = True  # the work, with the processes of torchrun
 
     model: str
     """Hugging Face name or folder of the policy to start from; an adapter is trained on."""

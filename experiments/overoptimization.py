@@ -86,7 +86,11 @@ def judged_answers(policy: Policy, seed: int) -> list[Comparison]:
     draw = Draw(n=4, settings=DRAWING, seed=2000 + seed)
     drawn = draw(policy, encoder(policy.tokenizer).prompts(rows))
     answered = [
-        replace(row, responses=tuple(one.text for one in answers))
+        replace(
+            row,
+            responses=tuple(one.text for one in answers),
+            finished=tuple(one.finished for one in answers),
+        )
         for row, answers in zip(rows, drawn, strict=True)
     ]
     return [_best_and_worst(row) for row in score(answered, load_reward("vader"))]

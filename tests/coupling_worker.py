@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from prefloop.logps import Scorer
@@ -19,7 +20,7 @@ from prefloop.objectives.family import Batchwise
 from prefloop.pairing import with_mismatched
 from prefloop.settings import TrainSettings
 from prefloop.stable import Stable
-from prefloop.trainer import build_trainer
+from prefloop.trainer import build_trainer, finish
 from prefloop.trainer.build import accelerator_for
 from prefloop.types import Logps, Tokenized, score
 
@@ -54,6 +55,17 @@ def moved() -> torch.nn.Module:
 
 def main(out: Path) -> None:
     accelerator = accelerator_for((), out, "no")
+    gradients, metrics = steps(accelerator)
+    if accelerator.is_main_process:
+        save_file(gradients, out / "gradients.safetensors")
+        (out / "metrics.json").write_text(json.dumps(metrics))
+    finish(accelerator)
+
+
+def steps(
+    accelerator: Accelerator,
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """Gradient and metrics of a step of each objective on five comparisons, and on one."""
     start, model = Scorer(tiny.llama()), moved()
 
     def reference(batch) -> Logps:
@@ -71,10 +83,7 @@ def main(out: Path) -> None:
             inner = trainer.engine.bare
             gradients[name] = torch.cat([value.grad.flatten() for value in inner.parameters()])
         metrics[name] |= trainer.evaluate(given)
-    if accelerator.is_main_process:
-        save_file(gradients, out / "gradients.safetensors")
-        (out / "metrics.json").write_text(json.dumps(metrics))
-    accelerator.end_training()
+    return gradients, metrics
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from prefloop.logps.layout import response_mask
 from prefloop.objectives import DPO
 from prefloop.policies import Policy
 from prefloop.settings import TrainSettings
-from prefloop.trainer import NonFiniteError
+from prefloop.trainer import NonFiniteError, finish
 from prefloop.trainer.build import accelerator_for
 from prefloop.training import Training
 from prefloop.types import Logps, Tokenized
@@ -47,7 +47,7 @@ def main(out: Path, kind: str, steps: str) -> None:
     metrics = refused(training) if steps == "broken" else training(ROWS, ROWS[:5])
     if accelerator.is_main_process:
         (out / "last.json").write_text(json.dumps(metrics))
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def refused(training: Training) -> dict[str, str]:

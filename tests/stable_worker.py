@@ -16,7 +16,7 @@ from prefloop.logps.head import exact
 from prefloop.objectives import DPO
 from prefloop.settings import TrainSettings
 from prefloop.stable import Adaptive, FixedLevel, Hinge, OneStep, StableGradient
-from prefloop.trainer import build_trainer
+from prefloop.trainer import build_trainer, finish
 from prefloop.types import Logps, score
 
 SOLVERS = (Hinge(lam=0.3), OneStep(step=0.1, penalty=Hinge(lam=0.3)), Adaptive())
@@ -24,6 +24,15 @@ SOLVERS = (Hinge(lam=0.3), OneStep(step=0.1, penalty=Hinge(lam=0.3)), Adaptive()
 
 def main(out: Path) -> None:
     accelerator = Accelerator(cpu=True)
+    found = gradients(accelerator)
+    if accelerator.is_main_process:
+        torch.save(found, out / f"{accelerator.num_processes}.pt")
+    accelerator.wait_for_everyone()
+    finish(accelerator)
+
+
+def gradients(accelerator: Accelerator) -> dict[str, tuple[torch.Tensor, dict[str, float]]]:
+    """Of every solver, and the metrics of the step."""
     rows = tiny.batch(5, responses=(2,), longest=6)
     start, model = Scorer(tiny.llama(), head=exact), tiny.llama()
     rng = torch.Generator().manual_seed(3)
@@ -46,10 +55,7 @@ def main(out: Path) -> None:
         inner = trainer.engine.bare
         flat = torch.cat([value.grad.flatten() for value in inner.parameters()])
         found[type(solver).__name__] = (flat, metrics)
-    if accelerator.is_main_process:
-        torch.save(found, out / f"{accelerator.num_processes}.pt")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    return found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The loop: one update for any cut of the batch; nothing is lost, nothing moves on a bad number."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from prefloop.logps import Scorer
 from prefloop.objectives import AOT, DPO, SFT, PlackettLuce
 from prefloop.runs import read_jsonl
 from prefloop.tabular import TabularPolicy, comparison_rows
-from prefloop.trainer import NonFiniteError, TrainSettings, build, build_trainer, fit
+from prefloop.trainer import NonFiniteError, TrainSettings, build, build_trainer, finish, fit
 from prefloop.trainer.build import refuse_unsharded
 from prefloop.trainer.loop import global_batch, rows_seen, total_steps
 from prefloop.trainer.plan import batch_indices, derived_seed, forward_passes, shares
@@ -269,6 +270,18 @@ def test_objectives_of_other_families_train_in_the_same_loop(tmp_path, objective
 def test_an_objective_without_its_reference_is_refused():
     with pytest.raises(UserError, match="needs a reference"):
         build_trainer(policy(), DPO(), None, TrainSettings(), Accelerator(cpu=True))
+
+
+def test_what_wraps_a_policy_goes_before_its_process_group(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    wrapper = torch.nn.Sequential(policy())
+    wrapper.itself = [wrapper]  # a circle, as in DistributedDataParallel
+    accelerator._models.append(wrapper)
+    gone, left = weakref.ref(wrapper), []
+    monkeypatch.setattr(accelerator, "end_training", lambda: left.append(gone()))
+    del wrapper
+    finish(accelerator)
+    assert left == [None]
 
 
 def test_nothing_to_train_on_is_refused(tmp_path):

@@ -73,8 +73,9 @@ class Reward:
         from prefloop.cli import settings
         from prefloop.cli.console import progress
         from prefloop.expression import parse
-        from prefloop.reward_training import LOSSES, RewardTraining
+        from prefloop.reward_training import LOSSES, CausalBackbone, RewardTraining
         from prefloop.runs import start_run
+        from prefloop.trainer import finish
 
         loss = parse(self.loss, LOSSES)
         members = self.members or (1 if self.model else 5)
@@ -93,6 +94,8 @@ class Reward:
                 print(f"training {members} on {len(rows)} rows; {len(held_out)} held out")
             PartialState().wait_for_everyone()
             measured = training(rows, held_out)
+        if isinstance(backbone, CausalBackbone):
+            finish(backbone.accelerator)
         if measured:
             _say(self.out, measured)
 

@@ -85,7 +85,7 @@ class Train:
         from prefloop.cli.console import counted, progress
         from prefloop.data import as_row
         from prefloop.runs import start_run, write_jsonl
-        from prefloop.trainer.build import accelerator_for
+        from prefloop.trainer.build import accelerator_for, finish
         from prefloop.trainer.loop import total_steps
         from prefloop.training import Training, carry_selection
 
@@ -120,7 +120,7 @@ class Train:
                 on_reference=counted("scoring the reference"),
             )
             metrics = training(rows.rows, held_out)
-        accelerator.end_training()
+        finish(accelerator)
         if accelerator.is_main_process:
             _say(self.out, metrics)
 

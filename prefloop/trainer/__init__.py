@@ -1,7 +1,7 @@
 """The one training loop, its plan, its checkpoints and its run on disk."""
 
 from prefloop.settings import TrainSettings
-from prefloop.trainer.build import build_trainer
+from prefloop.trainer.build import build_trainer, finish
 from prefloop.trainer.loop import Gradient, NonFiniteError, Passes, Trainer, backward
 from prefloop.trainer.run import Interrupted, Progress, fit
 
@@ -15,5 +15,6 @@ __all__ = [
     "Trainer",
     "backward",
     "build_trainer",
+    "finish",
     "fit",
 ]

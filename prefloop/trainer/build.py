@@ -1,5 +1,6 @@
 """A `Trainer` from a scorer: optimizer and devices, prepared by Accelerate."""
 
+import gc
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -92,6 +93,18 @@ def accelerator_for(trackers: tuple[str, ...], folder: Path, precision: str) -> 
         accelerator.state.deepspeed_plugins = plugin  # Accelerate forgets it on CPUs
     refuse_unsharded(accelerator.distributed_type, os.environ)
     return accelerator
+
+
+def finish(accelerator: Accelerator) -> None:
+    """End the trackers and the processes of a run, whose trainer the caller holds no more.
+
+    What Accelerate keeps of it goes first. Otherwise the last owner of gloo's process group would
+    be DistributedDataParallel's reducer, which joins the group's thread under Python's lock while
+    that thread may be waiting for the lock: the process would never end (seen with torch 2.13).
+    """
+    accelerator.free_memory()
+    gc.collect()  # it held the policy while it collected
+    accelerator.end_training()
 
 
 def zero_asked(accelerator: Accelerator) -> Mapping[str, Any] | None:

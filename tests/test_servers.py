@@ -377,6 +377,15 @@ def test_a_server_that_goes_away_is_said_once_and_so_is_its_coming_back(quick):
     assert "answers again" in said[1]
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C as at a terminal: a shell starts what it puts into the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_does_not_wait_for_replies_under_way():
     def sleeps(body, headers, calls):
         if body["messages"][0]["content"] == "slow":

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from curves import Line, Panel, draw
 
-from prefloop.collecting import Draw
+from prefloop.collecting import Draw, with_answers
 from prefloop.data import encoder
 from prefloop.demo_prompts import story_prompts
 from prefloop.diagnosing import diagnose
@@ -85,14 +85,7 @@ def judged_answers(policy: Policy, seed: int) -> list[Comparison]:
     rows = story_prompts()[1]
     draw = Draw(n=4, settings=DRAWING, seed=2000 + seed)
     drawn = draw(policy, encoder(policy.tokenizer).prompts(rows))
-    answered = [
-        replace(
-            row,
-            responses=tuple(one.text for one in answers),
-            finished=tuple(one.finished for one in answers),
-        )
-        for row, answers in zip(rows, drawn, strict=True)
-    ]
+    answered = [with_answers(row, answers) for row, answers in zip(rows, drawn, strict=True)]
     return [_best_and_worst(row) for row in score(answered, load_reward("vader"))]
 
 

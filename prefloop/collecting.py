@@ -1,7 +1,7 @@
 """Answers to a file of prompts: kept as they come, gone on with after a kill."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefloop.data import as_row, encoder, iterate
@@ -106,6 +106,15 @@ def _from_server(prompt: Comparison, drawn: Sequence[Answer], model: str) -> Com
             "sampler": [f"server:{model}"] * len(drawn),
             "server_logps": [None if one.logp is None else sum(one.logp) for one in drawn],
         },
+    )
+
+
+def with_answers(row: Comparison, answers: Sequence[Sample]) -> Comparison:
+    """`row` with `answers` as its responses, and which of them finished."""
+    return replace(
+        row,
+        responses=tuple(one.text for one in answers),
+        finished=tuple(one.finished for one in answers),
     )
 
 

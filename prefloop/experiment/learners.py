@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from prefloop import data
-from prefloop.collecting import Draw, sample_to_file
+from prefloop.collecting import Draw, sample_to_file, with_answers
 from prefloop.data import encoder, prompt_key
 from prefloop.experiment.arms import Arm
 from prefloop.experiment.pools import Rewards, write_scored
@@ -115,12 +115,7 @@ class PolicyLearner:
         draw = Draw(n=self.measured, settings=self.drawing, seed=10_000 + arm.seed)
         drawn = draw(policy, encoder(policy.tokenizer).prompts(prompts))
         answered = [
-            replace(
-                prompt,
-                responses=tuple(one.text for one in answers),
-                finished=tuple(one.finished for one in answers),
-            )
-            for prompt, answers in zip(prompts, drawn, strict=True)
+            with_answers(prompt, answers) for prompt, answers in zip(prompts, drawn, strict=True)
         ]
         scored = score(answered, self._label())
         return {row.id: sum(row.scores or ()) / len(row.responses) for row in scored}

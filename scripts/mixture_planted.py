@@ -5,31 +5,35 @@
 The model tells the beginnings of stories, cut after one to three sentences. Annotators in turn like
 positive stories (VADER), short ones, and with `--types 3` such with questions; each vote is a
 Bradley-Terry (or Plackett-Luce) draw on the planted reward. Votes an annotator are swept, pairs
-compared with best-of-three and with rankings of three at the same number of judgements, and what
-the E-step reads. Prints a row a setting and seed, then a row a setting: the mean over seeds with
-the least and the most. results.json is written on the way; what is there is not done again.
+compared with best-of-three and with rankings of three at the same number of judgements, starts,
+and what the E-step reads. Prints a row a setting and seed, then a row a setting: the adjusted Rand
+index at the start, after each round, and the rest; means over seeds with the least and the most.
+results.json is written on the way; what is there is not done again.
 """
 
 import argparse
 import re
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from prefloop import em
 from prefloop.data import encoder, tokenize
 from prefloop.expression import parse
-from prefloop.mixture import EVIDENCE, STARTS, Mixture, MixtureTraining
+from prefloop.mixture import EVIDENCE, STARTS, Mixture, MixtureTraining, Start, Votes
+from prefloop.mixture.starts import Features
 from prefloop.objectives import PlackettLuce
 from prefloop.policies import Lora, Policy, Sampling, load_policy
 from prefloop.policies.sampling import sample
 from prefloop.rewards.rules import Brevity, Questions, Vader
-from prefloop.runs import read_json, write_json
+from prefloop.runs import read_json, read_jsonl, write_json
 from prefloop.settings import TrainSettings
 from prefloop.types import Comparison
 
@@ -46,21 +50,40 @@ class Setting:
     judgements: int
     form: str
     start: str
+    restarts: int
     evidence: str
+    assign: str
+    warm: bool
     annotators: int
     types: int
     rounds: int
     epochs: int
     lr: float
+    batch_size: int
+    lora_rank: int
     beta: float
     seed: int
 
     def __str__(self) -> str:
         return (
-            f"{self.judgements:3d} {self.form:<8}{self.start:<12}{self.evidence:<18}"
-            f"{self.annotators:4d} annotators, {self.types} types, {self.epochs} epochs at "
-            f"{self.lr:g}, beta {self.beta:g}"
+            f"{self.judgements:3d} {self.form:<8}{self.start:<16}{self.evidence:<18}"
+            f"{self.annotators:4d} annotators, {self.types} types, {self.restarts} starts, "
+            f"{self.assign}{', warm' * self.warm}, {self.epochs} epochs at {self.lr:g}, batches "
+            f"of {self.batch_size}, rank {self.lora_rank}, beta {self.beta:g}"
         )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A start that can be asked afterwards where EM began."""
+
+    start: Start
+    gammas: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, votes: Votes, types: int, seed: int, features: Features) -> Tensor:
+        """What `start` says; kept."""
+        self.gammas.append(self.start(votes, types, seed, features))
+        return self.gammas[-1]
 
 
 def stories(policy: Policy, n: int) -> list[tuple[str, list[str]]]:
@@ -115,42 +138,61 @@ def votes(told: list[tuple[str, list[str]]], setting: Setting) -> list[Compariso
 
 
 def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict[str, Any]:
-    """EM on `rows`; how well the annotators' types were found, after round 1 and at the end."""
-    policy = load_policy(model, adapter=Lora(rank=8, alpha=16.0))
+    """EM on `rows`; how well the annotators' types were found: at the start, after each round."""
+    rank = setting.lora_rank
+    policy = load_policy(model, adapter=Lora(rank=rank, alpha=2.0 * rank))
     tokens, _ = tokenize(rows, policy.tokenizer)
+    start = Seen(parse(setting.start, STARTS))
     training = MixtureTraining(
         policy=policy,
         objective=PlackettLuce(beta=setting.beta),
         settings=TrainSettings(
-            lr=setting.lr, epochs=setting.epochs, batch_size=16, save_every=1000, seed=setting.seed
+            lr=setting.lr,
+            epochs=setting.epochs,
+            batch_size=setting.batch_size,
+            save_every=1000,
+            seed=setting.seed,
         ),
         mixture=Mixture(
             types=setting.types,
             rounds=setting.rounds,
             evidence=parse(setting.evidence, EVIDENCE),
+            assign="hard" if setting.assign == "hard" else "soft",
+            warm=setting.warm,
             seed=setting.seed,
         ),
-        start=parse(setting.start, STARTS),
+        start=start,
+        restarts=setting.restarts,
         allow_unidentified=True,
         accelerator=Accelerator(cpu=True),
         out=out,
     )
     began = time.process_time()
     fitted = training(tokens)
+    seconds = time.process_time() - began
     truth = torch.arange(setting.annotators) % setting.types
-    first = fitted.history[0].belief.responsibilities
+
+    def found(gamma: Tensor) -> float:
+        return em.adjusted_rand_index(truth, gamma.argmax(-1))
+
+    chosen = int(read_json(out / "mixture.json")["start"]) - 1
+    aris = [found(one.belief.responsibilities) for one in fitted.history]
     return {
-        "seconds": time.process_time() - began,
+        "seconds": seconds,
         "loglik_per_judgement": fitted.loglik / fitted.scored,
-        "aris": [
-            em.adjusted_rand_index(truth, one.belief.responsibilities.argmax(-1))
-            for one in fitted.history
-        ],
-        "round_1_ari": em.adjusted_rand_index(truth, first.argmax(-1)),
-        "ari": em.adjusted_rand_index(truth, fitted.gamma.argmax(-1)),
-        "round_1_accuracy": em.type_accuracy(truth, first),
+        "start_ari": found(start.gammas[chosen]),
+        "aris": aris,
+        "ari": aris[-1],
         "accuracy": em.type_accuracy(truth, fitted.gamma),
+        "each_start": [each_start(folder, found) for folder in sorted(out.glob("start-*"))],
     }
+
+
+def each_start(folder: Path, found: Callable[[Tensor], float]) -> tuple[float, float]:
+    """Log-likelihood that one of several starts came to, and how well it found the types."""
+    *_, last = read_jsonl(folder / "rounds.jsonl")
+    gamma = torch.tensor([row["gamma"] for row in read_jsonl(folder / "responsibilities.jsonl")])
+    return last["loglik"], found(gamma)
 
 
 def settings_of(given: argparse.Namespace) -> list[Setting]:
@@ -160,12 +202,17 @@ def settings_of(given: argparse.Namespace) -> list[Setting]:
             judgements=judgements,
             form=form,
             start=start,
+            restarts=given.restarts,
             evidence=evidence,
+            assign=given.assign,
+            warm=given.warm,
             annotators=given.annotators,
             types=given.types,
             rounds=given.rounds,
             epochs=given.epochs,
             lr=given.lr,
+            batch_size=given.batch_size,
+            lora_rank=given.lora_rank,
             beta=given.beta,
             seed=seed,
         )
@@ -185,12 +232,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--judgements", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=["pair", "best"])
     parser.add_argument("--starts", nargs="+", default=["Clusters()"])
+    parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--evidence", nargs="+", default=["Trained()"])
+    parser.add_argument("--assign", choices=["soft", "hard"], default="soft")
+    parser.add_argument("--warm", action="store_true")
     parser.add_argument("--annotators", type=int, default=32)
     parser.add_argument("--types", type=int, choices=[2, 3], default=2)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     return parser.parse_args()
@@ -203,11 +255,15 @@ def summary(found: list[dict[str, Any]]) -> None:
         named = {name: one[name] for name in Setting.__dataclass_fields__}
         settings.setdefault(str(Setting(**named)), []).append(one)
     for setting, runs in settings.items():
-        said = []
-        for name in ("round_1_ari", "ari", "accuracy", "loglik_per_judgement"):
-            values = [run[name] for run in runs]
-            said.append(f"{np.mean(values):6.3f} [{min(values):.2f}, {max(values):.2f}]")
-        print(f"{setting}, {len(runs)} seeds: ARI {' -> '.join(said[:2])}, {', '.join(said[2:])}")
+        aris = np.array([[run["start_ari"], *run["aris"]] for run in runs])
+        columns = [*aris.T, *([run[name] for run in runs] for name in ("accuracy", "seconds"))]
+        *said, right, seconds = [
+            f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]" for values in columns
+        ]
+        print(
+            f"{setting}, {len(runs)} seeds: ARI {' -> '.join(said)}, in their type {right}, "
+            f"CPU s {seconds}"
+        )
 
 
 def main() -> None:
@@ -224,8 +280,9 @@ def main() -> None:
         one = asdict(setting) | run(given.model, votes(told, setting), setting, folder)
         found.append(one)
         print(
-            f"{setting}, seed {setting.seed}: ARI {one['round_1_ari']:6.3f} -> {one['ari']:6.3f}, "
-            f"accuracy {one['accuracy']:.3f}, {one['loglik_per_judgement']:.3f} nats a judgement, "
+            f"{setting}, seed {setting.seed}: ARI {one['start_ari']:.3f} -> "
+            f"{' '.join(f'{ari:.3f}' for ari in one['aris'])}, accuracy {one['accuracy']:.3f}, "
+            f"{one['loglik_per_judgement']:.3f} nats a judgement, "
             f"{one['seconds']:.0f} CPU s",
             flush=True,
         )

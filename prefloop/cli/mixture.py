@@ -36,7 +36,8 @@ class Mixture:
     rounds: int = 5
     """Rounds of EM; 1 with Clusters() is cluster-then-DPO."""
     start: str = "Clusters()"
-    """Who is of which type at first: Clusters(), Dirichlet(), Given(path="gamma.jsonl")."""
+    """Who is of which type at first: Clusters(), LinearRewards(), Dirichlet(), or
+    Given(path="gamma.jsonl")."""
     restarts: int = 1
     """Starts with seeds of their own; that of the highest likelihood is kept."""
     warm: bool = False

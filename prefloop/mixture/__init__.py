@@ -3,7 +3,7 @@
 from prefloop.mixture.choosing import choose_types
 from prefloop.mixture.evidence import EVIDENCE, Evidence, Halves, HeldOut, Trained
 from prefloop.mixture.rounds import Fitted, Mixture, run_em
-from prefloop.mixture.starts import STARTS, Clusters, Dirichlet, Given, Start
+from prefloop.mixture.starts import STARTS, Clusters, Dirichlet, Given, LinearRewards, Start
 from prefloop.mixture.steps import LIKELIHOODS, Steps
 from prefloop.mixture.training import MixtureTraining, refuse_processes
 from prefloop.mixture.votes import Votes, informative, refuse_unlearnable, with_annotators
@@ -19,6 +19,7 @@ __all__ = [
     "Given",
     "Halves",
     "HeldOut",
+    "LinearRewards",
     "Mixture",
     "MixtureTraining",
     "Start",

@@ -7,13 +7,16 @@ of responses. To add one: the class, and its name in `STARTS`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from prefloop import em
+from prefloop.heads.linear import maximum
+from prefloop.mixture.evidence import HeldOut
 from prefloop.mixture.votes import Votes
 from prefloop.runs import read_jsonl
 from prefloop.types import Tokenized, UserError, judgement, ordered_pairs
@@ -54,6 +57,74 @@ class Clusters:
         _, _, leading = torch.linalg.svd(voted - voted.mean(0), full_matrices=False)
         projected = voted @ leading[: self.directions].mT
         return em.given_start(em.kmeans(projected, types, seed), types)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRewards:
+    """EM where it is easy, before any policy is trained: linear rewards on frozen features.
+
+        P(i prefers y to z) = sum_k gamma_ik sigmoid(w_k . (phi(y) - phi(z)))
+
+    M-steps are solved (Newton, ridge / 2 |w_k|^2), each annotator is scored by rewards that read
+    none of their judgements, and the first responsibilities are `Clusters()`. Of the ridges that
+    leave an annotator to each type the one of the highest held-out likelihood is kept; where none
+    does, the clusters. Rankings are taken apart into pairs. Nothing but one reading of the
+    responses needs the model.
+
+    Attributes:
+        ridges: penalties to choose from, in nats; features are divided by their spread.
+        directions: how many leading directions of the votes are kept.
+        folds: parts of the annotators, see `HeldOut`; never more than there are annotators.
+        rounds: of EM.
+    """
+
+    ridges: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
+    directions: int = 64
+    folds: int = 4
+    rounds: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.ridges or min(self.ridges) <= 0:
+            raise UserError(f"LinearRewards.ridges must be positive numbers, got {self.ridges}")
+        for name, least in (("directions", 1), ("folds", 2), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"LinearRewards.{name} must be {least} or more, got {getattr(self, name)}"
+                )
+
+    def __call__(self, votes: Votes, types: int, seed: int, features: Features) -> Tensor:
+        """Responsibilities (I, K)."""
+        start = Clusters()(votes, types, seed, features)
+        if types == 1:
+            return start
+        pairs = vote_directions(votes, features)
+        _, _, leading = torch.linalg.svd(pairs.direction, full_matrices=False)
+        pairs = pairs._replace(direction=pairs.direction @ leading[: self.directions].mT)
+        found = [self._fitted(votes, pairs, start, ridge, seed) for ridge in self.ridges]
+        alive = [belief for belief in found if float(belief.responsibilities.sum(0).min()) >= 1]
+        best = max(alive, key=lambda belief: float(belief.evidence.sum()), default=None)
+        return best.responsibilities if best else start
+
+    def _fitted(
+        self, votes: Votes, pairs: "Directions", start: Tensor, ridge: float, seed: int
+    ) -> em.Belief:
+        """The last round of EM with one ridge."""
+        parts = HeldOut(folds=min(self.folds, len(votes.names)))(votes, 0, seed)
+        who, types = votes.annotator[pairs.row], start.shape[-1]
+        reward = torch.zeros(types, pairs.direction.shape[-1], dtype=torch.float64)
+
+        def fit(gamma: Tensor, number: int) -> Tensor:
+            loglik = torch.zeros(len(who), types, dtype=torch.float64)
+            for part in parts:
+                scored = part.scored[pairs.row]
+                for kind in range(types):
+                    weight = gamma[who, kind] * part.trained[pairs.row]
+                    reward[kind] = maximum(pairs.direction, weight, ridge, reward[kind])
+                loglik[scored] = logsigmoid(pairs.direction[scored] @ reward.mT)
+            return em.by_annotator(loglik, who, len(votes.names))
+
+        *_, last = em.rounds(fit, start, self.rounds)
+        return last.belief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +180,34 @@ class Given:
         return torch.tensor([told[name] for name in votes.names], dtype=torch.float64)
 
 
-STARTS = (Clusters, Dirichlet, Given)
+STARTS = (Clusters, LinearRewards, Dirichlet, Given)
+
+
+class Directions(NamedTuple):
+    """Every strictly ordered pair of every judgement.
+
+    Attributes:
+        direction: features of the better less those of the worse, each divided by its spread.
+        row: the judgement of each pair.
+    """
+
+    direction: Float[Tensor, "P D"]
+    row: Int[Tensor, " P"]
 
 
 @torch.no_grad()
-def vote_means(votes: Votes, features: Features) -> Float[Tensor, "I D"]:
-    """Mean direction of each annotator's votes: features of the better less those of the worse."""
-    table = features(votes.rows)  # (J, N, D)
+def vote_directions(votes: Votes, features: Features) -> Directions:
+    """What was voted for, and in which judgement."""
+    table = features(votes.rows).double().cpu()  # (J, N, D)
     row, better, worse = ordered_pairs(judgement(votes.rows).rank)
-    table = table.double().cpu()
     direction = table[row, better] - table[row, worse]
     spread = direction.std(0, unbiased=False)
-    direction = direction / torch.where(spread > 0, spread, 1.0)
+    return Directions(direction / torch.where(spread > 0, spread, 1.0), row)
+
+
+def vote_means(votes: Votes, features: Features) -> Float[Tensor, "I D"]:
+    """Mean direction of each annotator's votes: features of the better less those of the worse."""
+    direction, row = vote_directions(votes, features)
     total = em.vote_features(direction, votes.annotator[row], len(votes.names))
     pairs = torch.bincount(votes.annotator[row], minlength=len(votes.names))
     return total / pairs.clamp(min=1).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Answers to a file of prompts: kept as they come, gone on with after a kill."""
+"""Answers to a file of prompts: shared by processes, kept as they come, resumed after a kill."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +9,7 @@ from prefloop.policies import Policy, Sampling
 from prefloop.policies.sampling import FromPolicy, Sample, Sampler, sample
 from prefloop.runs import append_jsonl, read_jsonl, write_jsonl
 from prefloop.servers import Answer, Connection
+from prefloop.shares import ALONE, Worker
 from prefloop.types import Comparison, UserError
 
 
@@ -31,6 +32,7 @@ def sample_to_file(
     prompts: Sequence[Comparison],
     out: Path,
     draw: Draw,
+    worker: Worker = ALONE,
     on_prompts: Callable[[int], None] = lambda done: None,
 ) -> list[Comparison]:
     """Answers of `policy` to each prompt as `out`/responses.jsonl, see `collect`."""
@@ -40,7 +42,7 @@ def sample_to_file(
         drawn = draw(policy, coder.prompts(chunk))
         return [_answered(prompt, one) for prompt, one in zip(chunk, drawn, strict=True)]
 
-    return collect(answer, prompts, out, max(1, draw.settings.rows // draw.n), on_prompts)
+    return collect(answer, prompts, out, max(1, draw.settings.rows // draw.n), worker, on_prompts)
 
 
 def ask_server(
@@ -48,6 +50,7 @@ def ask_server(
     prompts: Sequence[Comparison],
     out: Path,
     draw: Draw,
+    worker: Worker = ALONE,
     on_prompts: Callable[[int], None] = lambda done: None,
 ) -> list[Comparison]:
     """Answers of the model behind `connection` as `out`/responses.jsonl, see `collect`.
@@ -63,7 +66,8 @@ def ask_server(
         name = connection.server.model
         return [_from_server(prompt, one, name) for prompt, one in zip(chunk, drawn, strict=True)]
 
-    return collect(answer, prompts, out, max(1, 2 * connection.server.concurrency), on_prompts)
+    size = max(1, 2 * connection.server.concurrency)
+    return collect(answer, prompts, out, size, worker, on_prompts)
 
 
 def collect(
@@ -71,27 +75,53 @@ def collect(
     prompts: Sequence[Comparison],
     out: Path,
     size: int,
+    worker: Worker = ALONE,
     on_prompts: Callable[[int], None] = lambda done: None,
 ) -> list[Comparison]:
     """`out`/responses.jsonl by `answer`, `size` prompts at a time; what is there is not redone.
 
-    Answers follow from (seed, prompt) alone, so a killed run ends in the same file.
+    Answers follow from (seed, prompt) alone, so a killed run ends in the same file. Each worker
+    answers its chunks and appends them to a file of its own.
     """
     _refuse_repeated(prompts)
-    part, whole = out / "responses.part.jsonl", out / "responses.jsonl"
-    if not whole.exists():
-        done = {row["id"]: row for row in read_jsonl(part)} if part.exists() else {}
-        write_jsonl(part, done.values())
+    part, whole = _part(out, worker.index), out / "responses.jsonl"
+    if not worker.led(whole.exists):
+        done = worker.led(lambda: _found(out))
         missing = [prompt for prompt in prompts if prompt.id not in done]
-        for start in range(0, len(missing), size):
-            chunk = missing[start : start + size]
+        chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+        for chunk in worker.share(chunks):
             for row in answer(chunk):
                 append_jsonl(part, as_row(row))
-            on_prompts(len(done) + start + len(chunk))
-        rows = {row["id"]: row for row in read_jsonl(part)}
-        write_jsonl(whole, [rows[prompt.id] for prompt in prompts])
-        part.unlink()
+            done.update(row.id for row in chunk)
+            on_prompts(len(done))
+        worker.wait()
+        worker.led(lambda: _join(out, prompts))
     return list(iterate(whole))
+
+
+def _found(out: Path) -> set[str]:
+    """Ids of the prompts that are answered, by however many processes; torn lines go away."""
+    rows = {row["id"]: row for part in _parts(out) for row in read_jsonl(part)}
+    write_jsonl(_part(out, 0), rows.values())
+    for part in set(_parts(out)) - {_part(out, 0)}:
+        part.unlink()
+    return set(rows)
+
+
+def _join(out: Path, prompts: Sequence[Comparison]) -> None:
+    rows = {row["id"]: row for part in _parts(out) for row in read_jsonl(part)}
+    write_jsonl(out / "responses.jsonl", [rows[prompt.id] for prompt in prompts])
+    for part in _parts(out):
+        part.unlink()
+
+
+def _part(out: Path, index: int) -> Path:
+    """What worker `index` has answered."""
+    return out / (f"responses.part-{index}.jsonl" if index else "responses.part.jsonl")
+
+
+def _parts(out: Path) -> list[Path]:
+    return sorted(out.glob("responses.part*.jsonl"))
 
 
 def _from_server(prompt: Comparison, drawn: Sequence[Answer], model: str) -> Comparison:

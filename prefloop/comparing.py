@@ -19,15 +19,13 @@ from prefloop.diagnostics.displacement import displacement
 from prefloop.diagnostics.ranking import ranking as order
 from prefloop.evaluation import kl, length_controlled_win_rate, outcomes, win_rate
 from prefloop.intervals import Estimate, mean
-from prefloop.logps import Scorer
 from prefloop.policies import Policy, load_policy
-from prefloop.policies.policy import evaluating
 from prefloop.policies.sampling import FromPolicy, Sample
 from prefloop.rewards import Reward, score
 from prefloop.runs import read_json, write_json, write_jsonl
 from prefloop.samplers import FromReference
+from prefloop.shares import ALONE, Worker
 from prefloop.types import Comparison, Logps, Tokenized, UserError, judgement
-from prefloop.types import score as logps_of
 
 
 @dataclass(frozen=True)
@@ -45,25 +43,28 @@ def compare(
     reward: Reward,
     out: Path,
     draw: Draw,
+    worker: Worker = ALONE,
 ) -> dict[str, Any]:
-    """Sample, score and compare; what evaluation.json holds."""
-    after = _answers(policy, prompts, reward, replace(draw, sampler=FromPolicy()))
-    before = _answers(policy, prompts, reward, replace(draw, sampler=FromReference()))
-    write_jsonl(
-        out / "samples.jsonl",
-        (
-            {
-                "prompt": as_text(prompt.prompt),
-                "before": before.drawn[i][0].text,
-                "after": after.drawn[i][0].text,
-                "reward_before": float(before.rewards[i, 0]),
-                "reward_after": float(after.rewards[i, 0]),
-            }
-            for i, prompt in enumerate(prompts)
-        ),
-    )
-    found = _numbers(policy, before, after)
-    write_json(out / "evaluation.json", found)
+    """Sample, score and compare; what evaluation.json holds. Workers share the prompts."""
+    after = _answers(policy, prompts, reward, replace(draw, sampler=FromPolicy()), worker)
+    before = _answers(policy, prompts, reward, replace(draw, sampler=FromReference()), worker)
+    found = _numbers(before, after, _divergence(policy, after, worker))
+    if worker.leads:
+        write_jsonl(
+            out / "samples.jsonl",
+            (
+                {
+                    "prompt": as_text(prompt.prompt),
+                    "before": before.drawn[i][0].text,
+                    "after": after.drawn[i][0].text,
+                    "reward_before": float(before.rewards[i, 0]),
+                    "reward_after": float(after.rewards[i, 0]),
+                }
+                for i, prompt in enumerate(prompts)
+            ),
+        )
+        write_json(out / "evaluation.json", found)
+    worker.wait()
     return found
 
 
@@ -82,12 +83,14 @@ def trained_policy(run: Path) -> Policy:
     return replace(policy, frozen=load_policy(base).base)
 
 
-def ranking(policy: Policy, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def ranking(
+    policy: Policy, comparisons: Sequence[Comparison], worker: Worker = ALONE
+) -> dict[str, Any]:
     """How often policy, reference and implicit reward order held-out comparisons as people did.
 
     What evaluation.json holds; a pair of a comparison counts once, intervals are over prompts.
     """
-    rows, trained, base, left_out = both_logps(policy, comparisons)
+    rows, trained, base, left_out = both_logps(policy, comparisons, worker)
     rank, prompt = judgement(rows).rank, same_prompt(rows)
     found = order(trained, base, rank, clusters=prompt)
     chosen = displacement(trained, base, rank, prompt).chosen
@@ -111,7 +114,7 @@ def same_prompt(rows: Sequence[Tokenized]) -> Int[Tensor, " B"]:
 
 
 def both_logps(
-    policy: Policy, comparisons: Sequence[Comparison]
+    policy: Policy, comparisons: Sequence[Comparison], worker: Worker = ALONE
 ) -> tuple[list[Tokenized], Logps, Logps, str]:
     """Held-out rows in tokens, what policy and reference say of them, and what was left out."""
     rows, report = tokenize(
@@ -119,10 +122,8 @@ def both_logps(
     )
     if not rows:
         raise UserError("no comparison fits the model's context")
-    with torch.no_grad(), evaluating(policy.model):
-        trained = logps_of(policy.scorer(), rows)
-    with torch.no_grad(), policy.reference() as model, evaluating(model):
-        base = logps_of(Scorer(model), rows)
+    trained = policy.logps(rows, worker=worker)
+    base = policy.reference_logps(rows, worker=worker)
     return rows, trained, base, str(report)
 
 
@@ -131,9 +132,10 @@ def _answers(
     prompts: Sequence[Comparison],
     reward: Reward,
     draw: Draw,
+    worker: Worker,
 ) -> Answers:
     tokens = encoder(policy.tokenizer).prompts(prompts)
-    drawn = draw(policy, tokens)
+    mine = draw(policy, worker.share(tokens))
     answered = [
         Comparison(
             prompt=prompt.prompt,
@@ -142,17 +144,18 @@ def _answers(
             id=prompt.id,
             place=prompt.place,
         )
-        for prompt, answers in zip(prompts, drawn, strict=True)
+        for prompt, answers in zip(worker.share(prompts), mine, strict=True)
     ]
-    rewards = torch.tensor([row.scores for row in score(answered, reward)], dtype=torch.float64)
+    scores = worker.gathered([row.scores for row in score(answered, reward)] if mine else [])
+    drawn = worker.gathered(mine)
     rows = [
-        Tokenized(prompt=tuple(prompt), responses=tuple(one.tokens for one in answers), id=row.id)
-        for prompt, answers, row in zip(tokens, drawn, answered, strict=True)
+        Tokenized(prompt=tuple(asked), responses=tuple(one.tokens for one in answers), id=prompt.id)
+        for prompt, asked, answers in zip(prompts, tokens, drawn, strict=True)
     ]
-    return Answers(drawn, rewards, rows)
+    return Answers(drawn, torch.tensor(scores, dtype=torch.float64), rows)
 
 
-def _numbers(policy: Policy, before: Answers, after: Answers) -> dict[str, Any]:
+def _numbers(before: Answers, after: Answers, divergence: Estimate) -> dict[str, Any]:
     prompts, n = after.rewards.shape
     rate = win_rate(after.rewards, before.rewards)
     clusters = torch.arange(prompts).repeat_interleave(n)
@@ -164,7 +167,6 @@ def _numbers(policy: Policy, before: Answers, after: Answers) -> dict[str, Any]:
         name: mean(_lengths(answers).flatten(), clusters)
         for name, answers in (("reference", before), ("policy", after))
     }
-    divergence = _divergence(policy, after)
     result = [
         rate.rate.row("win rate against the reference", "share"),
         *_controlled(before, after),
@@ -184,12 +186,10 @@ def _numbers(policy: Policy, before: Answers, after: Answers) -> dict[str, Any]:
     }
 
 
-def _divergence(policy: Policy, after: Answers) -> Estimate:
+def _divergence(policy: Policy, after: Answers, worker: Worker) -> Estimate:
     """KL(policy || reference) by the answers of the policy itself."""
-    with torch.no_grad(), evaluating(policy.model):
-        trained = logps_of(policy.scorer(), after.rows)
-    with torch.no_grad(), policy.reference() as model, evaluating(model):
-        base = logps_of(Scorer(model), after.rows)
+    trained = policy.logps(after.rows, worker=worker)
+    base = policy.reference_logps(after.rows, worker=worker)
     return kl(trained, base).sequence
 
 

@@ -31,11 +31,10 @@ from prefloop.data.keys import prompt_key
 from prefloop.logps import buckets
 from prefloop.objectives import DPO
 from prefloop.policies import Lora, Policy, load_policy
-from prefloop.policies.policy import evaluating
 from prefloop.policies.sampling import derived_seed
 from prefloop.settings import TrainSettings
 from prefloop.training import Handling, Training, prepare
-from prefloop.types import Comparison, Tokenized, UserError, judgement, score
+from prefloop.types import Comparison, Tokenized, UserError, judgement
 
 Rows = Callable[[], Iterable[Comparison]]
 """The rows of a file from the first, as often as it is called."""
@@ -143,14 +142,11 @@ class CrossFit:
 
     def _losses(self, policy: Policy, rows: Sequence[Tokenized], objective: DPO) -> list[float]:
         found = torch.zeros(len(rows), dtype=torch.float64)
-        scorer = policy.scorer(self.settings.token_budget)
         for part in buckets(rows, self.settings.token_budget):
             batch = [rows[at] for at in part]
-            with torch.no_grad(), evaluating(policy.model):
-                ours = score(scorer, batch)
+            ours = policy.logps(batch, self.settings.token_budget)
             theirs = policy.reference_logps(batch, self.settings.token_budget)
-            judged = judgement(batch, device=ours.token.device)
-            found[part] = objective.per_comparison(ours, theirs, judged).double().cpu()
+            found[part] = objective.per_comparison(ours, theirs, judgement(batch)).double()
         return found.tolist()
 
 

@@ -52,7 +52,8 @@ from prefloop.policies.sampling import sample
 from prefloop.runs import read_jsonl, write_json, write_jsonl
 from prefloop.samplers import FromReference
 from prefloop.selection import preference_variance
-from prefloop.types import Comparison, Judgement, Logps, Tokenized, judgement, score
+from prefloop.shares import ALONE, Worker
+from prefloop.types import Comparison, Judgement, Logps, Tokenized, judgement
 
 GRADIENTS = 32
 """Comparisons whose gradients are taken: a backward pass a response each."""
@@ -62,7 +63,7 @@ SAMPLED, FOREIGN = "sampled answers of the reference", "answers to other prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What is measured besides the comparisons.
+    """What is measured besides the comparisons, and by whom.
 
     Attributes:
         samples: answers of the reference drawn for each prompt, for DID entropy and for where
@@ -70,12 +71,14 @@ class Probe:
         max_new_tokens: longest of them.
         seed: of the answers.
         rejected: the policy that wrote the rejected responses, or was fitted to them.
+        worker: this process among those that share the scoring and the sampling.
     """
 
     samples: int = 0
     max_new_tokens: int = 64
     seed: int = 0
     rejected: Policy | None = None
+    worker: Worker = ALONE
 
 
 @dataclass(frozen=True)
@@ -113,21 +116,29 @@ def diagnose(
         out: folder for diagnosis.json.
         probe: what is measured besides; no samples when None.
     """
-    rows, trained, base, _ = both_logps(policy, with_ranks(comparisons))
+    probe = probe or Probe()
+    rows, trained, base, _ = both_logps(policy, with_ranks(comparisons), probe.worker)
     held = _Scored(rows, trained, base, judgement(rows), same_prompt(rows))
     found = _with_judgements(_of_comparisons(policy, held, beta, run), held, beta)
-    found = _with_probe(found, policy, held, probe or Probe())
+    found = _with_probe(found, policy, held, probe)
     told = diagnosis(found)
-    write_json(out / "diagnosis.json", told)
-    if found.sampler is not None:
-        write_jsonl(
-            out / "rejected_weights.jsonl",
-            (
-                {"id": row.id, "weights": list(weights)}
-                for row, weights in zip(rows, found.sampler.weights, strict=True)
-            ),
-        )
+    if probe.worker.leads:
+        write_json(out / "diagnosis.json", told)
+        _write_weights(out, rows, found)
+    probe.worker.wait()
     return told
+
+
+def _write_weights(out: Path, rows: Sequence[Tokenized], found: Findings) -> None:
+    if found.sampler is None:
+        return
+    write_jsonl(
+        out / "rejected_weights.jsonl",
+        (
+            {"id": row.id, "weights": list(weights)}
+            for row, weights in zip(rows, found.sampler.weights, strict=True)
+        ),
+    )
 
 
 def _of_comparisons(policy: Policy, held: _Scored, beta: float, run: Path) -> Findings:
@@ -179,22 +190,21 @@ def _with_probe(found: Findings, policy: Policy, held: _Scored, probe: Probe) ->
             replace(row, responses=row.responses[-1:], rank=None, scores=None, label=None)
             for row in with_mismatched(held.rows)
         ]
-        others[FOREIGN] = _described(held.prompt, *_both(policy, strangers))
+        others[FOREIGN] = _described(held.prompt, *_both(policy, strangers, probe.worker))
     entropy: InformationOfSamples | None = None
     if probe.samples:
         drawn = _drawn(policy, held.rows, probe)
-        both = _both(policy, drawn)
+        both = _both(policy, drawn, probe.worker)
         others[SAMPLED] = _described(torch.arange(len(drawn)), *both)
         entropy = information_of_samples(*both, both[1].sum) if probe.samples > 1 else None
     taught = found.taught
     if probe.rejected is not None:
-        taught = _by_policy(probe.rejected, held)
+        taught = _by_policy(probe.rejected, held, probe.worker)
     return replace(found, others=others, information=entropy, taught=taught)
 
 
-def _by_policy(rejected: Policy, held: _Scored) -> Taught | None:
-    with torch.no_grad(), evaluating(rejected.model):
-        theirs = score(rejected.scorer(), held.rows)
+def _by_policy(rejected: Policy, held: _Scored, worker: Worker) -> Taught | None:
+    theirs = rejected.logps(held.rows, worker=worker)
     return taught_by_policies(held.policy, held.reference, theirs, held.judged.rank)
 
 
@@ -202,17 +212,18 @@ def _drawn(policy: Policy, rows: Sequence[Tokenized], probe: Probe) -> list[Toke
     """Answers of the reference to each prompt, once a prompt."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     settings = Sampling(max_new_tokens=probe.max_new_tokens)
-    answers = sample(policy, prompts, probe.samples, settings, probe.seed, FromReference())
+    asked = probe.worker.share(prompts)
+    mine = sample(policy, asked, probe.samples, settings, probe.seed, FromReference())
+    answers = probe.worker.gathered(mine)
     return [
         Tokenized(prompt=prompt, responses=tuple(one.tokens for one in drawn), id=str(number))
         for number, (prompt, drawn) in enumerate(zip(prompts, answers, strict=True))
     ]
 
 
-def _both(policy: Policy, rows: Sequence[Tokenized]) -> tuple[Logps, Logps]:
-    with torch.no_grad(), evaluating(policy.model):
-        trained = score(policy.scorer(), rows)
-    return trained, policy.reference_logps(rows)
+def _both(policy: Policy, rows: Sequence[Tokenized], worker: Worker) -> tuple[Logps, Logps]:
+    trained = policy.logps(rows, worker=worker)
+    return trained, policy.reference_logps(rows, worker=worker)
 
 
 def _described(prompt: torch.Tensor, policy: Logps, reference: Logps) -> Change:

@@ -25,7 +25,7 @@ from prefloop.rewards import Reward
 from prefloop.rewards import score as rewarded
 from prefloop.rewards.encoders import SentenceEncoder
 from prefloop.runs import is_whole, read_json, write_json, write_jsonl
-from prefloop.shares import Worker
+from prefloop.shares import ALONE, Worker
 from prefloop.types import Comparison, Tokenized, UserError
 from prefloop.types import score as logps_of
 
@@ -178,7 +178,7 @@ def score_file(
     source: Path,
     out: Path,
     columns: Sequence[Column],
-    worker: Worker | None = None,
+    worker: Worker = ALONE,
     on_rows: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """`source` with more columns: `out`/scored.jsonl, or scored.arrow where the source has columns.
@@ -194,7 +194,6 @@ def score_file(
     Raises:
         UserError: a row that is not allowed or cannot be scored; no row at all.
     """
-    worker = Worker() if worker is None else worker
     finished, parts = out / "scoring.json", out / "parts"
     if not is_whole(finished):
         parts.mkdir(parents=True, exist_ok=True)

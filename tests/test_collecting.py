@@ -1,18 +1,24 @@
 """Answers in a file: what is kept of each, and that it is what the model gives the answer again."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from together import together
 
 from prefloop import data
 from prefloop.cli import main
-from prefloop.collecting import Draw, sample_to_file
+from prefloop.collecting import Draw, collect, sample_to_file
 from prefloop.data import encoder
 from prefloop.labelling.store import Store
 from prefloop.labelling.tasks import tasks_of
 from prefloop.policies import Policy, Sampling
+from prefloop.runs import read_jsonl
 from prefloop.scoring import WithLogps
+from prefloop.shares import Worker
 from prefloop.types import Comparison
 
 PROMPTS = [
@@ -77,3 +83,54 @@ def test_the_log_probabilities_of_the_draw_are_those_of_scoring_whole_and_cut(po
             assert again.extra["policy_logps"][place] == pytest.approx(drawn, abs=1e-4)
             seen[ended] += 1
     assert seen == {True: 7, False: 20}
+
+
+def numbered(worker: Worker, out: Path, stop_at: str = "") -> list[Comparison]:
+    """Answers that are the prompt again, two prompts at a time, by a worker among several."""
+
+    def answer(chunk: Sequence[Comparison]) -> list[Comparison]:
+        if stop_at in {row.id for row in chunk}:
+            raise KeyboardInterrupt
+        return [replace(row, responses=(f"again {row.prompt}", "no")) for row in chunk]
+
+    return collect(answer, PROMPTS, out, 2, worker)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_workers_share_the_prompts_and_write_the_file_of_one(count, tmp_path):
+    (alone := tmp_path / "alone").mkdir()
+    (shared := tmp_path / "shared").mkdir()
+    one = [row.responses for row in numbered(Worker(), alone)]
+    for found in together(count, lambda worker: numbered(worker, shared)):
+        assert [row.responses for row in found] == one
+    assert [path.name for path in shared.iterdir()] == ["responses.jsonl"]
+    file = "responses.jsonl"
+    assert (shared / file).read_bytes() == (alone / file).read_bytes()
+
+
+@pytest.mark.parametrize("then", [1, 2, 3])
+def test_what_three_workers_began_any_number_finishes(then, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        together(3, lambda worker: numbered(worker, tmp_path, stop_at="p4"))
+    kept = {row["id"] for part in tmp_path.iterdir() for row in read_jsonl(part)}
+    assert kept <= {"p0", "p1", "p2", "p3"}
+    asked: list[str] = []
+
+    def answer(chunk: Sequence[Comparison]) -> list[Comparison]:
+        asked.extend(row.id for row in chunk)
+        return [replace(row, responses=(f"again {row.prompt}", "no")) for row in chunk]
+
+    together(then, lambda worker: collect(answer, PROMPTS, tmp_path, 2, worker))
+    assert sorted(asked) == sorted({row.id for row in PROMPTS} - kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
+    assert [row.id for row in data.read(tmp_path / "responses.jsonl")] == [r.id for r in PROMPTS]
+
+
+def test_workers_give_the_log_probabilities_of_one(policy):
+    batch = tiny.batch(7, responses=(1, 4), longest=9)
+    whole = policy.logps(batch)
+    for found in together(3, lambda worker: policy.logps(batch, worker=worker)):
+        torch.testing.assert_close(found.token, whole.token, rtol=0, atol=1e-5)
+        assert torch.equal(found.mask, whole.mask)
+    base = policy.reference_logps(batch, worker=Worker())
+    torch.testing.assert_close(base.token, whole.token, rtol=0, atol=1e-5)

@@ -11,22 +11,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from prefloop import online
 from prefloop.cli import main
-from prefloop.collecting import Draw
 from prefloop.errors import UserError
 from prefloop.objectives import DPO, SoftLabelDPO
-from prefloop.online.loop import Online, _displacement
+from prefloop.online.loop import _displacement
 from prefloop.online.section import section
-from prefloop.policies import Sampling
 from prefloop.report.section_json import read_section
-from prefloop.rewards import Brevity
 from prefloop.runs import read_json, read_jsonl, write_json, write_jsonl
 from prefloop.samplers import BestWorst, FromReference, Hybrid, Mixture, Tilted
-from prefloop.selection import PVar
-from prefloop.settings import TrainSettings
 from prefloop.types import Comparison, Judgement, Logps
 
 WORDS = "--lr 0.02 --batch-size 4 --epochs 2 --lora-rank 2 --max-new-tokens 5 --save-every 1"
@@ -218,6 +213,34 @@ def test_a_run_killed_without_warning_ends_in_the_same_files(sign, whole, model,
     assert files(out) == files(whole)
 
 
+@pytest.mark.slow
+def test_two_processes_do_the_rounds_of_one(whole, model, prompts, tmp_path):
+    out = tmp_path / "run"
+    line = words(model, prompts, out, "--recipe tilted --budget 5")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    here = Path(__file__).parent
+    paths = os.pathsep.join((str(here), str(here.parent)))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "prefloop.cli", *line]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("[round 2] train") == 1  # one process speaks
+    assert done.stdout.count("policy: ") == 1
+    assert sorted(files(out)) == sorted(files(whole))
+    for number in (1, 2):
+        for name in ("selected.jsonl", "pairs.jsonl"):
+            one, two = (run / f"round-{number}" / name for run in (whole, out))
+            texts = [[(r["id"], r["responses"]) for r in read_jsonl(path)] for path in (one, two)]
+            assert texts[0] == texts[1], (number, name)
+        adapter = f"round-{number}/policy/adapter_model.safetensors"
+        one, two = (load_file(run / adapter) for run in (whole, out))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4, msg=name)
+    rows = [list(read_jsonl(run / "rounds.jsonl")) for run in (whole, out)]
+    for one, two in zip(*rows, strict=True):
+        assert two == pytest.approx(one, abs=1e-3)
+
+
 def test_a_moving_reference_is_the_policy_that_the_round_began_with(model, prompts, tmp_path):
     assert main(words(model, prompts, tmp_path / "run", "--reference moving")) == 0
     # Before the first step policy and reference are one, so that no reward is other than 0.
@@ -345,29 +368,6 @@ def test_a_round_without_a_pair_is_refused(model, prompts, tmp_path, capsys):
     more = "--first ThresholdPairs(candidates=2,threshold=0.99)"  # a gap of 4.6; rewards are <= 1
     assert main(words(model, prompts, tmp_path / "run", more)) == 2
     assert "has a pair to compare" in capsys.readouterr().err
-
-
-SOURCE = online.source_of(Hybrid(), 2)
-ASKING = online.Asking(
-    prompts=[], reward=Brevity(), first=SOURCE, later=SOURCE, drawing=Sampling(), rule=PVar()
-)
-LEARNING = online.Learning(model="m", adapter=None, objective=DPO(), settings=TrainSettings())
-MEASURING = online.Measuring(prompts=[], draw=Draw(n=1, settings=Sampling(), seed=0))
-
-
-def test_several_processes_are_refused(tmp_path):
-    class Two(Accelerator):
-        num_processes = 2  # type: ignore[assignment]
-
-    with pytest.raises(UserError, match="one process"):
-        Online(
-            asking=ASKING,
-            learning=LEARNING,
-            measuring=MEASURING,
-            rounds=1,
-            accelerator=Two(),
-            out=tmp_path,
-        )
 
 
 def test_displacement_is_the_mean_over_the_last_epoch_without_tied_steps():

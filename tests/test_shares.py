@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from together import together
 
 from prefloop.shares import Worker, this_worker
 
@@ -22,6 +23,39 @@ def test_a_process_alone_owns_everything_and_waits_for_nobody():
     worker = this_worker()
     worker.wait()
     assert (worker.index, worker.count) == (0, 1)
+
+
+@pytest.mark.parametrize(("count", "items"), [(1, 5), (2, 5), (3, 7), (3, 2), (2, 0)])
+def test_shares_come_together_in_the_order_of_the_whole(count, items):
+    whole = [f"item {number}" for number in range(items)]
+
+    def work(worker: Worker) -> list[str]:
+        return worker.gathered([item.upper() for item in worker.share(whole)])
+
+    assert together(count, work) == [[item.upper() for item in whole]] * count
+
+
+def test_what_is_led_is_done_once_and_known_to_all():
+    done = []
+
+    def work(worker: Worker) -> int:
+        return worker.led(lambda: done.append(worker.index) or len(done))
+
+    assert together(3, work) == [1, 1, 1]
+    assert done == [0]
+
+
+def test_an_error_of_what_is_led_stops_all_of_them():
+    stopped = []
+
+    def work(worker: Worker) -> None:
+        try:
+            worker.led(lambda: 1 // 0)
+        except ZeroDivisionError:
+            stopped.append(worker.index)
+
+    together(2, work)
+    assert sorted(stopped) == [0, 1]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import tyro
 
 if TYPE_CHECKING:
     from prefloop.diagnosing import Probe
+    from prefloop.shares import Worker
     from prefloop.types import Comparison
 
 
@@ -36,26 +37,35 @@ class Diagnose:
     sft_lr: float = 1e-4
     """Learning rate of the sweep's SFT."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether the processes of torchrun share the work; trainings of a sweep are one's."""
+        return not self.init_sweep
+
     def __call__(self) -> None:
         """Write diagnosis.json and say the verdict; with --init-sweep, init_sweep.json."""
         from prefloop.comparing import trained_policy
         from prefloop.data import read
         from prefloop.diagnosing import diagnose
+        from prefloop.shares import this_worker
 
         comparisons = read(self.data)
         out = self.out or self.run
         if self.init_sweep:
             self._sweep(comparisons, out)
             return
+        worker = this_worker()
         policy = trained_policy(self.run)
         out.mkdir(parents=True, exist_ok=True)
-        held = diagnose(policy, comparisons, self.beta, self.run, out, self._probe())
+        held = diagnose(policy, comparisons, self.beta, self.run, out, self._probe(worker))
+        if not worker.leads:
+            return
         for sentence in held["verdict"]:
             print(f"- {sentence}")
         print(f"wrote {out / 'diagnosis.json'}")
         print(f"next: prefloop report {self.run}")
 
-    def _probe(self) -> "Probe":
+    def _probe(self, worker: "Worker") -> "Probe":
         from prefloop.diagnosing import Probe
         from prefloop.policies import load_policy
 
@@ -65,6 +75,7 @@ class Diagnose:
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             rejected=rejected,
+            worker=worker,
         )
 
     def _sweep(self, held_out: "list[Comparison]", out: Path) -> None:

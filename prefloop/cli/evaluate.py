@@ -9,6 +9,7 @@ import tyro
 if TYPE_CHECKING:
     from prefloop.mixture import Votes
     from prefloop.policies import Policy, Sampling
+    from prefloop.shares import Worker
     from prefloop.types import Comparison
 
 
@@ -39,23 +40,30 @@ class Evaluate:
     seed: int = 0
     """Answers follow from the seed and the prompt."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether the processes of torchrun share the work."""
+        return self.by == "everybody"
+
     def __call__(self) -> None:
         """Write evaluation.json and say what is in it."""
         from prefloop.runs import write_json
+        from prefloop.shares import this_worker
 
-        out = self.out or self.run
+        out, worker = self.out or self.run, this_worker()
+        found = self._by_annotator() if self.by == "annotator" else self._by_everybody(out, worker)
+        if not worker.leads:
+            return
         if self.by == "annotator":
-            found = self._by_annotator()
             say_forms(found["forms"])
         else:
-            found = self._by_everybody(out)
             say(found)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "evaluation.json", found)
         print(f"wrote {out / 'evaluation.json'}")
         print(f"next: prefloop report {self.run}")
 
-    def _by_everybody(self, out: Path) -> dict[str, Any]:
+    def _by_everybody(self, out: Path, worker: "Worker") -> dict[str, Any]:
         from prefloop.collecting import Draw
         from prefloop.comparing import compare, ranking, trained_policy
         from prefloop.data import parse_columns, read, read_prompts
@@ -63,11 +71,11 @@ class Evaluate:
 
         policy = trained_policy(self.run)
         if self.reward is None:
-            return ranking(policy, read(self.data, parse_columns(self.columns)))
+            return ranking(policy, read(self.data, parse_columns(self.columns)), worker)
         out.mkdir(parents=True, exist_ok=True)
         prompts, reward = read_prompts(self.data), load_reward(self.reward)
         draw = Draw(n=self.n, settings=self._sampling(), seed=self.seed)
-        return compare(policy, prompts, reward, out, draw)
+        return compare(policy, prompts, reward, out, draw, worker)
 
     def _by_annotator(self) -> dict[str, Any]:
         import torch

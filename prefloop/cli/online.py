@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from prefloop.online import Asking, Labels, Learning, Measuring, Recipe
+    from prefloop.online import Online as Loop
     from prefloop.online.answers import Answers
     from prefloop.policies.sampling import Sampler
     from prefloop.types import Comparison
@@ -89,6 +90,8 @@ class Online:
     resume: bool = False
     """Go on with the run in --out, at the stage where it stopped."""
 
+    shares: ClassVar[bool] = True  # the work, with the processes of torchrun
+
     def __call__(self) -> None:
         """Check everything, then do every round that is not on disk."""
         from contextlib import ExitStack
@@ -96,8 +99,11 @@ class Online:
         from prefloop import data, online
         from prefloop.cli import settings
         from prefloop.runs import start_run
-        from prefloop.trainer.build import accelerator_for
+        from prefloop.shares import PATIENCE, worker_of
+        from prefloop.trainer.build import accelerator_for, finish
 
+        accelerator = accelerator_for((), self.out, "no", PATIENCE)
+        worker = worker_of(accelerator)
         prompts = data.read_prompts(self.data)
         held_out = data.read_prompts(self.held_out) if self.held_out else []
         if not self.held_out:
@@ -109,19 +115,30 @@ class Online:
                 learning=self._learning(recipe),
                 measuring=self._measuring(held_out),
                 rounds=self.rounds,
-                accelerator=accelerator_for((), self.out, "no"),
+                accelerator=accelerator,
                 out=self.out,
-                on_stage=lambda number, stage: print(f"[round {number}] {stage}", flush=True),
+                on_stage=_say_stage if worker.leads else _say_nothing,
             )
-            start_run(self.out, "online", settings(self), self.resume, ("patience",))
-            try:
-                for row in loop():
+            hasty = ("patience",)
+            worker.led(lambda: start_run(self.out, "online", settings(self), self.resume, hasty))
+            said = self._rounds(loop)
+        del loop  # and what the accelerator has wrapped
+        finish(accelerator)
+        if worker.leads:
+            print(said)
+
+    def _rounds(self, loop: "Loop") -> str:
+        """Do the rounds; what is said at the end."""
+        from prefloop.online import Waiting
+
+        try:
+            for row in loop():
+                if loop.worker.leads:
                     _say(row)
-            except online.Waiting as waiting:
-                print(waiting)
-                return
-        print(f"policy: {self.out / f'round-{self.rounds}' / 'policy'}")
-        print(f"next: prefloop report {self.out}")
+        except Waiting as waiting:
+            return str(waiting)
+        policy = self.out / f"round-{self.rounds}" / "policy"
+        return f"policy: {policy}\nnext: prefloop report {self.out}"
 
     def _recipe(self) -> "Recipe":
         from dataclasses import replace
@@ -228,6 +245,14 @@ class Online:
         drawing = Sampling(max_new_tokens=self.max_new_tokens, rows=self.rows)
         draw = Draw(n=self.held_out_n, settings=drawing, seed=self.loop.seed)
         return Measuring(prompts=held_out, draw=draw)
+
+
+def _say_stage(number: int, stage: str) -> None:
+    print(f"[round {number}] {stage}", flush=True)
+
+
+def _say_nothing(number: int, stage: str) -> None:
+    """What the other processes of a run say."""
 
 
 def _say(row: "Mapping[str, Any]") -> None:

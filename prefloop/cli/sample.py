@@ -3,15 +3,18 @@
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from prefloop.collecting import Draw
+    from prefloop.shares import Worker
     from prefloop.types import Comparison
 
-    Collect = Callable[[Sequence[Comparison], Path, Draw, Callable[[int], None]], list[Comparison]]
+    Collect = Callable[
+        [Sequence[Comparison], Path, Draw, Worker, Callable[[int], None]], list[Comparison]
+    ]
 
 HASTE = ("patience", "concurrency")  # settings that answers do not depend on
 
@@ -56,6 +59,8 @@ class Sample:
     resume: bool = False
     """Go on with the run in --out."""
 
+    shares: ClassVar[bool] = True  # the work, with the processes of torchrun
+
     def __call__(self) -> None:
         """Write responses.jsonl, kept as the answers come."""
         from prefloop import data
@@ -67,6 +72,7 @@ class Sample:
         from prefloop.policies import Sampling
         from prefloop.runs import start_run
         from prefloop.samplers import SAMPLERS
+        from prefloop.shares import this_worker
 
         if bool(self.model) == bool(self.server):
             raise UserError("who answers? give --model NAME or --server URL, and not both")
@@ -80,14 +86,15 @@ class Sample:
         sampler = parse(self.sampler, SAMPLERS)
         draw = Draw(n=self.n, settings=drawing, seed=self.seed, sampler=sampler)
         prompts = data.read_prompts(self.data)
+        worker = this_worker()
         with self._source(draw) as collect:
-            out = start_run(self.out, "sample", settings(self), self.resume, HASTE)
+            worker.led(lambda: start_run(self.out, "sample", settings(self), self.resume, HASTE))
             with progress("sampling", len(prompts)) as step:
-                collect(prompts, out, draw, step)
-        print(
-            f"wrote {out / 'responses.jsonl'}: {self.n} answers to each of {len(prompts)} prompts"
-        )
-        print(f"next: prefloop score --data {out / 'responses.jsonl'} --reward vader --out SCORED")
+                collect(prompts, self.out, draw, worker, step)
+        if worker.leads:
+            file = self.out / "responses.jsonl"
+            print(f"wrote {file}: {self.n} answers to each of {len(prompts)} prompts")
+            print(f"next: prefloop score --data {file} --reward vader --out SCORED")
 
     @contextmanager
     def _source(self, draw: "Draw") -> "Iterator[Collect]":

@@ -6,6 +6,7 @@ from prefloop.logps.embedded import EmbeddedScorer
 from prefloop.logps.head import chunked, exact
 from prefloop.logps.layout import TOKENS, buckets
 from prefloop.logps.scorer import Scorer, hidden_sums, logps_and_hidden_sums, verify
+from prefloop.logps.sharing import shared_logps
 from prefloop.logps.ways import FullLogits, Masked, OneARow, PrefixShared
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "logps_and_hidden_sums",
     "logps_once",
     "model_identity",
+    "shared_logps",
     "verify",
 ]

@@ -11,10 +11,12 @@ from prefloop.policies import Policy
 from prefloop.policies.sampling import FromPolicy
 from prefloop.samplers import FromReference
 from prefloop.servers import Connection
+from prefloop.shares import Worker
 from prefloop.types import Comparison
 
-Answers: TypeAlias = Callable[[Policy, Sequence[Comparison], Path, Draw], list[Comparison]]
-"""Policy, prompts, folder and how to draw -> the rows of the folder's responses.jsonl."""
+Answers: TypeAlias = Callable[[Policy, Sequence[Comparison], Path, Draw, Worker], list[Comparison]]
+"""Policy, prompts, folder, how to draw and who shares -> the rows of the folder's responses.jsonl.
+"""
 
 
 def from_server(connection: Connection) -> Answers:
@@ -22,10 +24,11 @@ def from_server(connection: Connection) -> Answers:
     is for whoever started the server to see to."""
 
     def answer(
-        policy: Policy, prompts: Sequence[Comparison], folder: Path, draw: Draw
+        policy: Policy, prompts: Sequence[Comparison], folder: Path, draw: Draw, worker: Worker
     ) -> list[Comparison]:
         refuse_changing(draw.sampler, connection.server.url)
-        return ask_server(connection, prompts, folder, replace(draw, sampler=FromPolicy()))
+        asked = replace(draw, sampler=FromPolicy())
+        return ask_server(connection, prompts, folder, asked, worker)
 
     return answer
 

@@ -10,7 +10,8 @@ out/round-R/evaluation.json, samples.jsonl  it against the reference, on held-ou
 out/rounds.jsonl, online.section.json       a line a round; the report's page
 
 A stage begins from files alone and its last file appears whole or not at all, so a run that was
-killed ends in the same files as one that was not.
+killed ends in the same files as one that was not. Several processes share the answers, the scores
+and the training; pairs are made and labelled by one of them.
 """
 
 import shutil
@@ -36,9 +37,10 @@ from prefloop.policies.sampling import derived_seed
 from prefloop.rewards import Reward
 from prefloop.runs import read_json, read_jsonl, write_json, write_jsonl
 from prefloop.scoring import WithLogps, WithReward, score_file
-from prefloop.selecting import Cut, select
+from prefloop.selecting import Cut, Selecting
 from prefloop.selection import Rule
 from prefloop.settings import TrainSettings
+from prefloop.shares import Worker, worker_of
 from prefloop.trainer.loop import Reference
 from prefloop.training import Handling, Training, cached_logps, prepare, reference_of
 from prefloop.types import Comparison, Tokenized, UserError
@@ -135,7 +137,7 @@ class Online:
     Attributes:
         asking, learning, measuring: the stages of a round.
         rounds: how many.
-        accelerator: device and precision; one process.
+        accelerator: devices and processes.
         out: the run folder.
         on_stage: called with (round, stage) before a stage that is not on disk yet.
     """
@@ -151,20 +153,22 @@ class Online:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UserError(f"rounds must be 1 or more, got {self.rounds}; 3 is the paper's")
-        if self.accelerator.num_processes > 1:
-            raise UserError(
-                f"online training runs in one process, this is one of "
-                f"{self.accelerator.num_processes}; start it without accelerate launch"
-            )
+
+    @property
+    def worker(self) -> Worker:
+        """This process among those of the accelerator."""
+        return worker_of(self.accelerator)
 
     def __call__(self) -> Iterator[Row]:
         """Do every round that is not on disk yet; gives each round's line of rounds.jsonl."""
         rows: list[Row] = []
         for number in range(1, self.rounds + 1):
-            rows.append(self._round(number))
-            write_jsonl(self.out / "rounds.jsonl", rows)
-            samples = list(read_jsonl(self._folder(number) / "samples.jsonl"))
-            write_json(self.out / "online.section.json", section(rows, samples))
+            self._round(number)
+            rows.append(self._row(number, self._folder(number)))
+            if self.worker.leads:
+                write_jsonl(self.out / "rounds.jsonl", rows)
+                samples = list(read_jsonl(self._folder(number) / "samples.jsonl"))
+                write_json(self.out / "online.section.json", section(rows, samples))
             yield rows[-1]
 
     def policy(self, number: int) -> Policy:
@@ -184,13 +188,14 @@ class Online:
         frozen = load_policy(learning.model, device=self.accelerator.device).base
         return replace(policy, frozen=frozen.requires_grad_(False))
 
-    def _round(self, number: int) -> Row:
-        folder = self._folder(number)
+    def _round(self, number: int) -> None:
+        folder, led = self._folder(number), self.worker.led
         folder.mkdir(exist_ok=True)
-        if not (folder / "policy").is_dir():
+        if not led((folder / "policy").is_dir):
             self._collect_and_train(number, folder)
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # of no use next to the policy
-        if not (folder / "evaluation.json").exists():
+        if self.worker.leads:  # of no use next to the policy
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        if not led((folder / "evaluation.json").exists):
             self.on_stage(number, "evaluate")
             compare(
                 self.policy(number),
@@ -198,17 +203,15 @@ class Online:
                 self.asking.reward,
                 folder,
                 self.measuring.draw,
+                self.worker,
             )
-        return self._row(number, folder)
 
     def _collect_and_train(self, number: int, folder: Path) -> None:
-        policy = self.policy(number - 1)
+        policy, led = self.policy(number - 1), self.worker.led
         pairs = folder / "pairs.jsonl"
-        if not pairs.exists():
-            found = self._pairs(number, folder, policy)
-            self.on_stage(number, "label")
-            labelled = self.asking.labels(found, folder)
-            write_jsonl(pairs, map(data.as_row, labelled))
+        if not led(pairs.exists):
+            self._select(number, folder, policy)
+            led(lambda: self._label(number, folder))
         self.on_stage(number, "train")
         learning = self.learning
         rows = data.read(pairs)
@@ -228,18 +231,24 @@ class Online:
         training(prepared.rows)
         self.accelerator.free_memory()
 
-    def _pairs(self, number: int, folder: Path, policy: Policy) -> list[Comparison]:
-        """What the round trains on: sampled, scored, selected, paired."""
+    def _select(self, number: int, folder: Path, policy: Policy) -> None:
+        """Which prompts are worth a label: sampled, scored, selected."""
         asking, source = self.asking, self.asking.source(number)
-        seed = derived_seed(asking.seed, "round", number)
+        seed = self._seed(number)
         draw = Draw(n=source.answers, settings=asking.drawing, seed=seed, sampler=source.sampler)
         self.on_stage(number, "sample")
-        asking.answers(policy, asking.prompts, folder, draw)
+        asking.answers(policy, asking.prompts, folder, draw, self.worker)
         self.on_stage(number, "score")
-        score_file(folder / "responses.jsonl", folder, [WithReward(asking.reward)])
-        if not (folder / "selection.json").exists():
+        columns = [WithReward(asking.reward)]
+        score_file(folder / "responses.jsonl", folder, columns, self.worker)
+        if not self.worker.led((folder / "selection.json").exists):
             self.on_stage(number, "select")
-            select(self._selected_from(folder, policy), folder, asking.rule, asking.cut)
+            choose = Selecting(rule=asking.rule, cut=asking.cut, worker=self.worker)
+            choose(self._selected_from(folder, policy), folder)
+
+    def _label(self, number: int, folder: Path) -> None:
+        """What the round trains on: pairs of the selected prompts' answers, judged."""
+        source, seed = self.asking.source(number), self._seed(number)
         kept = [row for row in data.iterate(folder / "selected.jsonl") if row.weight > 0]
         pairs = [pair for row in kept for pair in source.pairing(row, seed)]
         if not pairs:
@@ -247,7 +256,9 @@ class Online:
                 f"round {number}: none of the {len(kept)} selected prompts has a pair to compare; "
                 "sample more answers, or lower the threshold"
             )
-        return pairs
+        self.on_stage(number, "label")
+        labelled = self.asking.labels(pairs, folder)
+        write_jsonl(folder / "pairs.jsonl", map(data.as_row, labelled))
 
     def _selected_from(self, folder: Path, policy: Policy) -> Path:
         """The file that the rule reads: with log-probabilities where it asks for them."""
@@ -255,8 +266,9 @@ class Online:
         if "reference_logps" not in self.asking.rule.columns:
             return scored
         measured = folder / "log_ratios.jsonl"
-        rows = WithLogps(policy=policy)(list(data.iterate(scored)))
-        write_jsonl(measured, map(data.as_row, rows))
+        share = self.worker.share(list(data.iterate(scored)))
+        rows = self.worker.gathered(WithLogps(policy=policy)(share) if share else [])
+        self.worker.led(lambda: write_jsonl(measured, map(data.as_row, rows)))
         return measured
 
     def _row(self, number: int, folder: Path) -> Row:
@@ -285,6 +297,10 @@ class Online:
             "win_rate_high": wins["high"],
             **_displacement(list(read_jsonl(folder / "metrics.jsonl"))),
         }
+
+    def _seed(self, number: int) -> int:
+        """Of a round's answers and pairs."""
+        return derived_seed(self.asking.seed, "round", number)
 
     def _folder(self, number: int) -> Path:
         return self.out / f"round-{number}"

@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from prefloop.data import encoder
 from prefloop.errors import UserError
-from prefloop.logps import TOKENS, Scorer
+from prefloop.logps import TOKENS, Scorer, shared_logps
 from prefloop.policies.settings import Lora
 from prefloop.runs import read_json, write_json
-from prefloop.types import Logps, Tokenized, score
+from prefloop.shares import ALONE, Worker
+from prefloop.types import Logps, Tokenized
 
 DEFAULT_ADAPTER = "default"
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -112,12 +113,28 @@ class Policy:
                 "before training and keep the numbers"
             )
 
-    def reference_logps(
-        self, batch: Sequence[Tokenized], token_budget: int | None = TOKENS
+    def logps(
+        self,
+        rows: Sequence[Tokenized],
+        token_budget: int | None = TOKENS,
+        worker: Worker = ALONE,
     ) -> Logps:
-        """log pi_ref of the responses of `batch`, without a gradient, dropout off."""
-        with torch.no_grad(), self.reference() as model, evaluating(model):
-            return score(Scorer(model, token_budget=token_budget), batch)
+        """log pi_theta of the responses of `rows` on the CPU, without a gradient, dropout off.
+
+        Each worker scores its share; all get the whole.
+        """
+        with evaluating(self.model):
+            return shared_logps(self.scorer(token_budget), rows, worker)
+
+    def reference_logps(
+        self,
+        rows: Sequence[Tokenized],
+        token_budget: int | None = TOKENS,
+        worker: Worker = ALONE,
+    ) -> Logps:
+        """log pi_ref of the responses of `rows`, like `logps`."""
+        with self.reference() as model, evaluating(model):
+            return shared_logps(Scorer(model, token_budget=token_budget), rows, worker)
 
     def with_frozen_copy(self) -> "Policy":
         """This policy, and a copy of its weights as they are now as the reference."""

@@ -20,10 +20,8 @@ from prefloop.data import encoder
 from prefloop.errors import UserError
 from prefloop.policies import Policy
 from prefloop.policies.loading import load_tokenizer, load_weights
-from prefloop.policies.policy import evaluating
 from prefloop.rewards.scoring import Prompt
 from prefloop.types import Comparison, Logps, Tokenized
-from prefloop.types import score as logps_of
 
 
 class Text(NamedTuple):
@@ -180,7 +178,7 @@ class Implicit:
 
     @torch.no_grad()
     def _rewards(self, batch: Sequence[Tokenized]) -> list[tuple[float, ...]]:
-        ratio = _logps(self.policy, batch).sum - self._reference_logps(batch).sum
+        ratio = self.policy.logps(batch).sum - self._reference_logps(batch).sum
         rewards = (self.beta * ratio).tolist()
         return [
             tuple(values[: len(row.responses)]) for values, row in zip(rewards, batch, strict=True)
@@ -189,12 +187,7 @@ class Implicit:
     def _reference_logps(self, batch: Sequence[Tokenized]) -> Logps:
         if self.reference is None:
             return self.policy.reference_logps(batch)
-        return _logps(self.reference, batch)
-
-
-def _logps(policy: Policy, batch: Sequence[Tokenized]) -> Logps:
-    with evaluating(policy.model):
-        return logps_of(policy.scorer(), batch)
+        return self.reference.logps(batch)
 
 
 def _chunks(rows: Sequence[Tokenized], size: int) -> Iterator[Sequence[Tokenized]]:

@@ -4,12 +4,13 @@ import gc
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType
-from accelerate.utils import is_deepspeed_available
+from accelerate.utils import InitProcessGroupKwargs, is_deepspeed_available
 from torch import nn
 
 from prefloop.objectives import Objective
@@ -69,13 +70,17 @@ def _engine(
     return start_zero(scorer, optimizer, zero_config(given, settings, accelerator.num_processes))
 
 
-def accelerator_for(trackers: tuple[str, ...], folder: Path, precision: str) -> Accelerator:
+def accelerator_for(
+    trackers: tuple[str, ...], folder: Path, precision: str, patience: timedelta | None = None
+) -> Accelerator:
     """Devices, processes and trackers of a run.
 
     Args:
         trackers: any of "tensorboard", "wandb", "trackio"; metrics.jsonl is always written.
         folder: where trackers that write files put them.
         precision: "no", "bf16" or "fp16" autocast.
+        patience: how long a process waits for the others; None is torch's, minutes, which is enough
+            where all take the same steps.
     """
     plugin = _deepspeed(precision) if _asked("ACCELERATE_USE_DEEPSPEED", os.environ) else None
     try:
@@ -86,6 +91,7 @@ def accelerator_for(trackers: tuple[str, ...], folder: Path, precision: str) -> 
             log_with=list(trackers) or None,
             project_dir=folder,
             deepspeed_plugin=plugin,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"--trackers or --precision cannot be used here: {error}") from error

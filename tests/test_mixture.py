@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
 
 from prefloop import em
@@ -21,7 +21,7 @@ from prefloop.mixture import (
     Steps,
     Trained,
     Votes,
-    refuse_processes,
+    refuse_divided,
     refuse_unlearnable,
     run_em,
     with_annotators,
@@ -124,13 +124,13 @@ def test_hard_assignment_trains_each_type_on_its_likeliest_annotators_alone(tmp_
         assert torch.equal(load_file(fitted.weights(kind + 1))["logits"], steps.weights()["logits"])
 
 
-def test_several_processes_are_refused_with_the_reason():
-    class Two(Accelerator):
-        num_processes = property(lambda self: 2)  # pyright: ignore[reportAssignmentType]
+def test_weights_that_are_divided_over_processes_are_refused_with_the_reason():
+    class Divided(Accelerator):
+        distributed_type = property(lambda self: DistributedType.FSDP)  # pyright: ignore[reportAssignmentType]
 
-    with pytest.raises(UserError, match="trained by one process, since its types take turns"):
-        refuse_processes(Two(cpu=True))
-    refuse_processes(Accelerator(cpu=True))
+    with pytest.raises(UserError, match="take turns in weights that each process holds whole"):
+        refuse_divided(Divided(cpu=True))
+    refuse_divided(Accelerator(cpu=True))
 
 
 def test_one_hot_responsibilities_train_each_type_on_its_cluster_alone(tmp_path):

@@ -1,4 +1,5 @@
-"""`prefloop mixture`, killed with signal 9 by another process, ends in the same bytes."""
+"""`prefloop mixture`, killed with signal 9, ends in the same bytes; two processes in the types of
+one."""
 
 import os
 import signal
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
-from prefloop.runs import write_jsonl
+from prefloop.runs import read_json, read_jsonl, write_jsonl
 
 WORDS = [f"w{number}" for number in range(60)]
 LOOP = [
@@ -40,11 +43,19 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def start(folder: Path, out: Path, *more: str) -> subprocess.Popen:
+def start(folder: Path, out: Path, *more: str, processes: int = 1) -> subprocess.Popen:
+    launcher = (
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "--",
+    )
+    program = ["-m", *(launcher if processes > 1 else ()), "prefloop.cli", "mixture"]
     words = ["--model", str(folder / "model"), "--data", str(folder / "votes.jsonl")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PREFLOOP_CACHE": str(folder / "cache")}
     return subprocess.Popen(
-        [sys.executable, "-m", "prefloop.cli", "mixture", *words, "--out", str(out), *LOOP, *more],
+        [sys.executable, *program, *words, "--out", str(out), *LOOP, *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -52,9 +63,10 @@ def start(folder: Path, out: Path, *more: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen) -> str:
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +106,37 @@ def test_a_mixture_killed_and_resumed_gives_the_same_bytes(
     names += [f"policy-{k}/adapter_model.safetensors" for k in (1, 2)]
     for name in names:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_types_of_one(folder):
+    gentle = ("--epochs", "1", "--lr", "0.01", "--evidence", "HeldOut(folds=2)", "--warm")
+    gentle += ("--start", "Dirichlet()")  # many steps blow up what two sums differ by in rounding
+    runs = [folder / f"gentle-{count}" for count in (1, 2)]
+    for count, out in enumerate(runs, 1):
+        said = finish(start(folder, out, *gentle, processes=count))
+        assert said.count("round 3: ") == 1  # one process speaks
+    gammas = [list(read_jsonl(out / "responsibilities.jsonl")) for out in runs]
+    for one, two in zip(*gammas, strict=True):
+        assert two["annotator"] == one["annotator"]
+        assert two["gamma"] == pytest.approx(one["gamma"], abs=1e-3)
+    rounds = [list(read_jsonl(out / "rounds.jsonl")) for out in runs]
+    for one, two in zip(*rounds, strict=True):
+        assert two["loglik"] == pytest.approx(one["loglik"], abs=1e-3)
+    for kind in (1, 2):
+        name = f"policy-{kind}/adapter_model.safetensors"
+        one, two = (load_file(out / name) for out in runs)
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_number_of_types_that_one_chooses(folder):
+    outs = [folder / f"auto-{count}" for count in (1, 2)]
+    for count, out in enumerate(outs, 1):
+        more = ("--types", "auto", "--most-types", "2", "--rounds", "1", "--epochs", "1")
+        finish(start(folder, out, *more, processes=count))
+    one, two = (read_json(out / "types.json") for out in outs)
+    assert two["chosen"] == one["chosen"]
+    for alone, shared in zip(one["candidates"], two["candidates"], strict=True):
+        assert shared == pytest.approx(alone, abs=1e-3)

@@ -221,7 +221,7 @@ def test_two_processes_do_the_rounds_of_one(whole, model, prompts, tmp_path):
     here = Path(__file__).parent
     paths = os.pathsep.join((str(here), str(here.parent)))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "prefloop.cli", *line]
+    command = [sys.executable, *launcher, "-m", "--", "prefloop.cli", *line]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("[round 2] train") == 1  # one process speaks

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -71,6 +71,8 @@ class Mixture:
     resume: bool = False
     """Go on with the run in --out from where it stopped."""
 
+    shares: ClassVar[bool] = True  # the work, with the processes of torchrun
+
     def __call__(self) -> None:
         """Check everything, then run EM, then say who is of which type."""
         from prefloop.cli import settings
@@ -81,19 +83,21 @@ class Mixture:
             MixtureTraining,
             Votes,
             choose_types,
-            refuse_processes,
+            refuse_divided,
             refuse_unlearnable,
         )
         from prefloop.mixture import Mixture as EM
         from prefloop.mixture.steps import refuse_no_likelihood
         from prefloop.objectives import ALL
         from prefloop.runs import start_run
-        from prefloop.trainer.build import accelerator_for
+        from prefloop.shares import PATIENCE, worker_of
+        from prefloop.trainer.build import accelerator_for, finish
 
         objective, start = parse(self.objective, ALL), parse(self.start, STARTS)
         refuse_no_likelihood(objective)
-        accelerator = accelerator_for((), self.out, "no")
-        refuse_processes(accelerator)
+        accelerator = accelerator_for((), self.out, "no", PATIENCE)
+        refuse_divided(accelerator)
+        worker = worker_of(accelerator)
         policy = self._policy(accelerator.device)
         rows = self._rows(policy, objective)
         votes = Votes.of(rows)
@@ -106,7 +110,7 @@ class Mixture:
             seed=self.loop.seed,
         )
         refuse_unlearnable(votes, em.types, self.allow_unidentified)
-        start_run(self.out, "mixture", settings(self), self.resume)
+        worker.led(lambda: start_run(self.out, "mixture", settings(self), self.resume))
         training = MixtureTraining(
             policy=policy,
             objective=objective,
@@ -117,11 +121,15 @@ class Mixture:
             allow_unidentified=self.allow_unidentified,
             accelerator=accelerator,
             out=self.out,
-            on_round=_say_round,
+            on_round=_say_round if worker.leads else lambda done: None,
         )
         if self.types == "auto":
-            training = choose_types(training, rows, self.folds, print)
-        _say(training, training(rows))
+            say = print if worker.leads else lambda line: None
+            training = choose_types(training, rows, self.folds, say)
+        fitted = training(rows)
+        if worker.leads:
+            _say(training, fitted)
+        finish(accelerator)
 
     def _types(self, annotators: int) -> int:
         return min(self.most_types, annotators) if self.types == "auto" else self.types
@@ -138,6 +146,8 @@ class Mixture:
         )
 
     def _rows(self, policy: "Policy", objective: object) -> list["Tokenized"]:
+        from accelerate import PartialState
+
         from prefloop import data
         from prefloop.mixture import with_annotators
         from prefloop.training import Handling, prepare
@@ -151,7 +161,8 @@ class Mixture:
         )
         named = with_annotators(found, self.annotator_missing)
         prepared = prepare(named, policy, objective, handling)  # pyright: ignore[reportArgumentType] - checked before
-        print(f"{prepared}")
+        if PartialState().is_main_process:
+            print(f"{prepared}")
         return prepared.rows
 
 

@@ -5,7 +5,7 @@ from prefloop.mixture.evidence import EVIDENCE, Evidence, Halves, HeldOut, Train
 from prefloop.mixture.rounds import Fitted, Mixture, run_em
 from prefloop.mixture.starts import STARTS, Clusters, Dirichlet, Given, LinearRewards, Start
 from prefloop.mixture.steps import LIKELIHOODS, Steps
-from prefloop.mixture.training import MixtureTraining, refuse_processes
+from prefloop.mixture.training import MixtureTraining, refuse_divided
 from prefloop.mixture.votes import Votes, informative, refuse_unlearnable, with_annotators
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "Votes",
     "choose_types",
     "informative",
-    "refuse_processes",
+    "refuse_divided",
     "refuse_unlearnable",
     "run_em",
     "with_annotators",

@@ -10,7 +10,9 @@ An annotator without others gets the shares of the types: for a new person.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -70,10 +72,8 @@ def choose_types(
     steps.put(steps.origin)
     best = max(candidates, key=lambda one: one.held_out)
     enough = next(one for one in candidates if one.held_out >= best.held_out - best.error)
-    write_json(
-        training.out / "types.json",
-        {"chosen": enough.types, "candidates": [vars(one) for one in candidates]},
-    )
+    chosen = {"chosen": enough.types, "candidates": [vars(one) for one in candidates]}
+    steps.worker.led(lambda: write_json(training.out / "types.json", chosen))
     return replace(training, mixture=replace(training.mixture, types=enough.types))
 
 
@@ -102,20 +102,11 @@ def _candidate(
         known, held_out = votes.where(dealt != fold), votes.where(dealt == fold)
         folder = training.out / "types" / f"{types}-fold-{fold + 1}"
         done = folder / "held_out.json"
-        if not done.exists():
+        if not steps.worker.led(done.exists):
             start = training.start(known, types, mixture.seed, training.features)
             fitted = run_em(steps, known, mixture, start, folder)
             predicted = fitted.gamma.log() + type_logliks(steps, fitted, held_out)
-            write_json(
-                done,
-                {
-                    "predicted": predicted.logsumexp(-1).tolist(),
-                    "loglik": fitted.loglik,
-                    "scored": fitted.scored,
-                },
-            )
-            for number in range(1, types + 1):
-                fitted.weights(number).unlink()  # nobody needs them now
+            steps.worker.led(partial(_keep, done, predicted.logsumexp(-1), fitted))
         found = read_json(done)
         total += torch.tensor(found["predicted"], dtype=torch.float64)
         parameters = types * trained + types - 1
@@ -128,6 +119,14 @@ def _candidate(
         error=float(error),
         bic=bic,
     )
+
+
+def _keep(done: Path, predicted: Tensor, fitted: Fitted) -> None:
+    """Write what is read of a fold; its weights go away."""
+    scored = {"loglik": fitted.loglik, "scored": fitted.scored}
+    write_json(done, {"predicted": predicted.tolist(), **scored})
+    for number in range(1, fitted.gamma.shape[-1] + 1):
+        fitted.weights(number).unlink()
 
 
 def type_logliks(steps: Steps, fitted: Fitted, votes: Votes) -> Float[Tensor, "I K"]:

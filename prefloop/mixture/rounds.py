@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from prefloop import em
 from prefloop.mixture.evidence import Evidence, Halves, Part, Trained
-from prefloop.mixture.steps import Steps
+from prefloop.mixture.steps import Steps, write_tensors
 from prefloop.mixture.votes import Votes
 from prefloop.runs import write_jsonl
 from prefloop.types import UserError
@@ -139,10 +139,12 @@ def run_em(
     """
     folder.mkdir(parents=True, exist_ok=True)
     work = _Work(steps, votes, mixture, folder)
+    leads = steps.worker.leads
     history: list[em.Round] = []
     for done in em.rounds(work.fit, start, mixture.rounds, ASSIGN[mixture.assign]):
         history.append(done)
-        _write(folder, votes, history, work.scored[-1])
+        if leads:
+            _write(folder, votes, history, work.scored[-1])
         on_round(done)
     if mixture.evidence.unseen:
         work.finish(ASSIGN[mixture.assign](history[-1].belief))
@@ -168,8 +170,7 @@ class _Work:
             name = f"part-{place}" if len(parts) > 1 else ""
             start = before / name if self.mixture.warm and number else None
             loglik += self._part(gamma, part, here / name, start)
-        for old in before.rglob(WEIGHTS):
-            old.unlink()  # nobody reads them any more
+        self._forget(before)
         self.scored.append(int(torch.stack([part.scored for part in parts]).any(0).sum()))
         return em.by_annotator(loglik, self.votes.annotator, len(self.votes.names))
 
@@ -177,8 +178,13 @@ class _Work:
         """Train every type on all judgements, once more."""
         nothing = torch.zeros(len(self.votes.rows), dtype=torch.bool)
         self._part(gamma, Part(~nothing, nothing), self.folder / FINAL, None)
-        for old in (self.folder / f"round-{self.mixture.rounds}").rglob(WEIGHTS):
-            old.unlink()
+        self._forget(self.folder / f"round-{self.mixture.rounds}")
+
+    def _forget(self, folder: Path) -> None:
+        """Delete weights that nobody reads any more."""
+        if self.steps.worker.leads:
+            for old in folder.rglob(WEIGHTS):
+                old.unlink()
 
     def _part(
         self, gamma: Tensor, part: Part, here: Path, before: Path | None
@@ -200,8 +206,8 @@ class _Work:
         self, weight: Tensor, scored: Tensor, here: Path, start: Path | None
     ) -> Float[Tensor, " J"]:
         """Log-likelihood of each judgement under one type, 0 where it is not scored."""
-        done = here / LOGLIK
-        if not done.exists():
+        done, worker = here / LOGLIK, self.steps.worker
+        if not worker.led(done.exists):
             here.mkdir(parents=True, exist_ok=True)
             found = torch.zeros(len(weight), dtype=torch.float64)
             if start is None:
@@ -211,14 +217,14 @@ class _Work:
             rows = self.votes.weighted(weight)
             if rows:  # a dead type stays where it starts
                 self.steps.train(rows, here)
-            self.steps.save(here / WEIGHTS)
             places = scored.nonzero().flatten().tolist()
             if places:
                 found[scored] = self.steps.loglik([self.votes.rows[place] for place in places])
-            part = done.with_suffix(".part")
-            save_file({"loglik": found}, part)
-            part.replace(done)
-            shutil.rmtree(here / "checkpoint", ignore_errors=True)
+            if worker.leads:
+                self.steps.save(here / WEIGHTS)
+                write_tensors(done, {"loglik": found})
+                shutil.rmtree(here / "checkpoint", ignore_errors=True)
+            worker.wait()
         return load_file(done)["loglik"]
 
 

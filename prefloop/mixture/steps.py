@@ -4,7 +4,8 @@ All types live in one place, one after the other: what training changes (an adap
 model) is put in and taken out as tensors by name. Memory holds the base once and one type.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from prefloop.logps import logps_once
 from prefloop.objectives import DPO, BestOfN, Objective, PlackettLuce, TopK
 from prefloop.settings import TrainSettings
+from prefloop.shares import Worker, worker_of
 from prefloop.trainer import Progress, build_trainer, fit
 from prefloop.trainer.loop import Reference
 from prefloop.types import Tokenized, UserError, judgement
@@ -70,11 +72,14 @@ class Steps:
         """`put` the weights that `save` wrote."""
         self.put(load_file(path))
 
+    @property
+    def worker(self) -> Worker:
+        """This process among those that train and score together."""
+        return worker_of(self.accelerator)
+
     def save(self, path: Path) -> None:
-        """Write the weights in place, whole or not at all."""
-        part = path.with_suffix(".part")
-        save_file({name: value.contiguous() for name, value in self.weights().items()}, part)
-        part.replace(path)
+        """Write the weights in place, whole or not at all; one worker does."""
+        write_tensors(path, self.weights())
 
     def train(self, rows: Sequence[Tokenized], folder: Path) -> None:
         """The M-step of one type, from the weights in place or from a checkpoint in `folder`."""
@@ -86,21 +91,41 @@ class Steps:
         # which takes longer than training a small adapter.
         self.accelerator._optimizers.clear()
         self.accelerator._models.clear()
+        if self.worker.count > 1:
+            del trainer
+            gc.collect()  # what joined the gradients of this type must not join the next one's
 
     @torch.no_grad()
     def loglik(self, rows: Sequence[Tokenized]) -> Float[Tensor, " J"]:
         """Log-likelihood of each judgement under the policy in place, in nats, unweighted.
 
-        Every different answer goes through the model once, however many judged it.
+        Every different answer goes through the model once, however many judged it. Workers share
+        the prompts.
         """
+        prompts = dict.fromkeys(row.prompt for row in rows)
+        asked = set(self.worker.share(list(prompts)))
+        places = [place for place, row in enumerate(rows) if row.prompt in asked]
+        values = self._loglik([rows[place] for place in places]).tolist() if places else []
+        found = torch.zeros(len(rows), dtype=torch.float64)
+        for theirs, numbers in self.worker.pool((places, values)):
+            found[theirs] = torch.tensor(numbers, dtype=torch.float64)
+        return found
+
+    def _loglik(self, rows: Sequence[Tokenized]) -> Float[Tensor, " J"]:
         scorer = self.make_scorer().to(self.accelerator.device).eval()
         found = torch.zeros(len(rows), dtype=torch.float64)
         for part, policy in logps_once(scorer, rows, self.settings.token_budget):
             batch = [rows[index] for index in part]
-            reference = self.reference(batch).to(policy.token.device)
-            losses = self.objective.per_comparison(policy, reference, judgement(batch))
+            losses = self.objective.per_comparison(policy, self.reference(batch), judgement(batch))
             found[torch.tensor(part)] = -losses.double()
         return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    part = path.with_suffix(".part")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    part.replace(path)
 
 
 def refuse_no_likelihood(objective: Objective) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,7 +30,9 @@ from prefloop.policies import Policy
 from prefloop.policies.policy import evaluating
 from prefloop.runs import write_json
 from prefloop.settings import TrainSettings
+from prefloop.shares import worker_of
 from prefloop.trainer import Progress
+from prefloop.trainer.build import zero_asked
 from prefloop.training import reference_of
 from prefloop.types import Tokenized, UserError
 
@@ -66,7 +68,7 @@ class MixtureTraining:
     on_round: Callable[[em.Round], None] = lambda done: None
 
     def __post_init__(self) -> None:
-        refuse_processes(self.accelerator)
+        refuse_divided(self.accelerator)
 
     def __call__(self, rows: Sequence[Tokenized]) -> Fitted:
         """Find the types of the annotators of `rows`, and save a policy for each."""
@@ -101,27 +103,31 @@ class MixtureTraining:
         """Mean last hidden state of each response under the policy, and the log of its length."""
         scorer, budget = self.policy.scorer(None), self.settings.token_budget
         once = distinct(rows, budget)
-        sums: list[Float[Tensor, "N D"]] = [torch.empty(0)] * len(once.rows)
+        worker = worker_of(self.accelerator)
+        mine = worker.share(once.rows)
+        found: list[Float[Tensor, "N D"]] = [torch.empty(0)] * len(mine)
         with evaluating(self.policy.model):
-            for part in buckets(once.rows, budget):
-                states = hidden_sums(scorer, [once.rows[index] for index in part]).cpu()
-                for index, found in zip(part, states, strict=True):
-                    sums[index] = found
+            for part in buckets(mine, budget):
+                states = hidden_sums(scorer, [mine[index] for index in part]).cpu()
+                for index, one in zip(part, states, strict=True):
+                    found[index] = one
+        sums = worker.gathered(found)
         states = torch.nn.utils.rnn.pad_sequence(sums, batch_first=True)[once.row, once.place]
         length = response_mask(rows).sum(-1, keepdim=True)  # (B, N, 1)
         return torch.cat([states / length.clamp(min=1), length.clamp(min=1).log()], -1)
 
     def _keep(self, steps: Steps, votes: Votes, fitted: Fitted, chosen: int) -> None:
-        for number in range(1, self.mixture.types + 1):
-            steps.put_file(fitted.weights(number))
-            if self.accelerator.is_main_process:
+        if steps.worker.leads:
+            for number in range(1, self.mixture.types + 1):
+                steps.put_file(fitted.weights(number))
                 self.policy.save(self.out / f"policy-{number}")
+            if fitted.folder != self.out:
+                for name in (RESPONSIBILITIES, ROUNDS):
+                    shutil.copyfile(fitted.folder / name, self.out / name)
+            write_json(self.out / "mixture.section.json", mixture_section(fitted, votes))
+            write_json(self.out / "mixture.json", self.summary(fitted, votes, chosen))
         steps.put(steps.origin)
-        if fitted.folder != self.out:
-            for name in (RESPONSIBILITIES, ROUNDS):
-                shutil.copyfile(fitted.folder / name, self.out / name)
-        write_json(self.out / "mixture.section.json", mixture_section(fitted, votes))
-        write_json(self.out / "mixture.json", self.summary(fitted, votes, chosen))
+        steps.worker.wait()
 
     def summary(self, fitted: Fitted, votes: Votes, chosen: int) -> dict[str, Any]:
         """What mixture.json says."""
@@ -142,15 +148,15 @@ class MixtureTraining:
         }
 
 
-def refuse_processes(accelerator: Accelerator) -> None:
-    """Types take turns in one place and write the same files: one process does that, not several.
+def refuse_divided(accelerator: Accelerator) -> None:
+    """Types take turns in weights that are whole: processes share the rows, not the weights.
 
     Raises:
-        UserError: `torchrun` or `accelerate launch` started more than one.
+        UserError: FSDP or DeepSpeed is asked for.
     """
-    if accelerator.num_processes > 1:
+    if accelerator.distributed_type == DistributedType.FSDP or zero_asked(accelerator) is not None:
         raise UserError(
-            "a mixture is trained by one process, since its types take turns in the same weights "
-            f"and files; found {accelerator.num_processes}. Start it without torchrun or "
-            "accelerate launch"
+            "the types of a mixture take turns in weights that each process holds whole, so FSDP "
+            "and DeepSpeed cannot divide them; start it with torchrun, or with accelerate launch "
+            "without --use_fsdp and --use_deepspeed"
         )

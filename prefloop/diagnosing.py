@@ -212,9 +212,10 @@ def _drawn(policy: Policy, rows: Sequence[Tokenized], probe: Probe) -> list[Toke
     """Answers of the reference to each prompt, once a prompt."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     settings = Sampling(max_new_tokens=probe.max_new_tokens)
-    asked = probe.worker.share(prompts)
-    mine = sample(policy, asked, probe.samples, settings, probe.seed, FromReference())
-    answers = probe.worker.gathered(mine)
+    answers = probe.worker.mapped(
+        lambda asked: sample(policy, asked, probe.samples, settings, probe.seed, FromReference()),
+        prompts,
+    )
     return [
         Tokenized(prompt=prompt, responses=tuple(one.tokens for one in drawn), id=str(number))
         for number, (prompt, drawn) in enumerate(zip(prompts, answers, strict=True))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: shares of a large file may end hours apart."""
@@ -47,15 +48,22 @@ class Worker:
         """Those of `items` that are this process's."""
         return list(items[self.index :: self.count])
 
-    def gathered(self, mine: Sequence[Item]) -> list[Item]:
+    def gathered(self, mine: Sequence[Made]) -> list[Made]:
         """What all of them made, an entry an item of their `share`, in the order of the whole."""
-        parts: list[Sequence[Item]] = self.pool(list(mine))
+        parts: list[Sequence[Made]] = self.pool(list(mine))
         found: list[Any] = [None] * sum(map(len, parts))
         for index, part in enumerate(parts):
             found[index :: self.count] = part
         return found
 
-    def led(self, work: Callable[[], Item]) -> Item:
+    def mapped(
+        self, work: Callable[[list[Item]], Sequence[Made]], items: Sequence[Item]
+    ) -> list[Made]:
+        """What `work` makes of `items`, an entry each; every process does its share."""
+        mine = self.share(items)
+        return self.gathered(work(mine) if mine else [])
+
+    def led(self, work: Callable[[], Made]) -> Made:
         """What the first process makes of `work`, which the others do not do, for all of them.
 
         What it raises, all raise.
@@ -70,7 +78,7 @@ ALONE = Worker()
 """A process that shares with nobody."""
 
 
-def _attempt(work: Callable[[], Item]) -> tuple[Item | None, Exception | None]:
+def _attempt(work: Callable[[], Made]) -> tuple[Made | None, Exception | None]:
     try:
         return work(), None
     except Exception as error:

@@ -313,18 +313,21 @@ def test_in_half_precision_a_policy_begins_at_its_reference(model, tmp_path):
     assert first["displacement/chosen"] == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "heads", "reward"])
+@pytest.mark.parametrize("command", ["heads", "reward", "diagnose"])
 def test_one_of_several_processes_is_refused_where_no_work_is_shared(
     command, tmp_path, capsys, monkeypatch
 ):
     data, run = comparisons(tmp_path / "data.jsonl"), tmp_path / "run"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    given = {"sample": ["--model", "m", "--out"], "heads": ["--out"], "reward": ["--out"]}
-    words = [command, *given.get(command, []), str(run), "--data", str(data)]
-    assert main(words) == 2
-    assert (
-        f"prefloop {command} runs in one process, and this is one of 2" in capsys.readouterr().err
-    )
+    given = {
+        "heads": ["--data", str(data), "--out", str(run)],
+        "reward": ["--data", str(data), "--out", str(run)],
+        "diagnose": [str(run), "--data", str(data), "--init-sweep", "0"],
+    }
+    assert main([command, *given[command]]) == 2
+    said = capsys.readouterr().err
+    assert f"prefloop {command}, as it is asked here, runs in one process" in said
+    assert "one of 2" in said
     assert not run.exists()
 
 

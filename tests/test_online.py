@@ -236,9 +236,18 @@ def test_two_processes_do_the_rounds_of_one(whole, model, prompts, tmp_path):
         one, two = (load_file(run / adapter) for run in (whole, out))
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4, msg=name)
-    rows = [list(read_jsonl(run / "rounds.jsonl")) for run in (whole, out)]
-    for one, two in zip(*rows, strict=True):
-        assert two == pytest.approx(one, abs=1e-3)
+    assert_same_rounds(whole, out)
+    for name in ("samples.jsonl", "evaluation.json", "selection.json", "pairs.jsonl"):
+        (out / "round-2" / name).unlink()
+    shutil.rmtree(out / "round-2/policy")
+    assert main([*line, "--resume"]) == 0  # one process goes on with what two have begun
+    assert_same_rounds(whole, out)
+
+
+def assert_same_rounds(one: Path, two: Path) -> None:
+    rows = [list(read_jsonl(run / "rounds.jsonl")) for run in (one, two)]
+    for first, second in zip(*rows, strict=True):
+        assert second == pytest.approx(first, abs=1e-3)
 
 
 def test_a_moving_reference_is_the_policy_that_the_round_began_with(model, prompts, tmp_path):

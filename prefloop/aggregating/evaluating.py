@@ -23,6 +23,7 @@ from prefloop.mixture import Votes
 from prefloop.policies import Policy, Sampling
 from prefloop.policies.sampling import ON_POLICY, Sampler, sample
 from prefloop.samplers import FromReference
+from prefloop.shares import ALONE, Worker
 
 Tokens = tuple[int, ...]
 
@@ -71,12 +72,14 @@ def served(
         if name in POOLED and types.share_a_base and int((weights > 0).sum()) > 1
     }
     answers = [_reference_answers(types, prompts, drawing)]
-    answers += [_answers(types.use(index), prompts, drawing) for index in range(len(types))]
+    answers += [
+        _answers(types.use(index), prompts, drawing, types.worker) for index in range(len(types))
+    ]
     answers += [
         pooled_answers(types, prompts, weights, drawing.settings, drawing.n, drawing.seed)
         for weights in pools.values()
     ]
-    answers += [_answers(policy, prompts, drawing) for policy in others.values()]
+    answers += [_answers(policy, prompts, drawing, types.worker) for policy in others.values()]
     reward = types.beta * judged(types, prompts, answers).double()  # (F, u, X, S)
     base, own = reward[0], reward[1 : 1 + len(types)]
     wins = torch.stack(
@@ -121,7 +124,8 @@ def evaluate_by_annotator(
     gamma = known_weights(types, votes)  # (I, K)
     accuracy = accuracy_by_annotator(types, votes, mixtures)
     for name, policy in others.items():
-        ratio = response_logps(policy, votes.rows) - types.logps(votes.rows)[0]
+        own = response_logps(policy, votes.rows, worker=types.worker)
+        ratio = own - types.logps(votes.rows)[0]
         accuracy[name] = accuracy_of(ratio, votes)
     forms: dict[str, dict[str, Any]] = {name: {"accuracy": one} for name, one in accuracy.items()}
     people = _personal(types, gamma, found)
@@ -159,10 +163,10 @@ def _spread(values: Float[Tensor, " I"], names: Sequence[str], *, lowest: bool) 
     }
 
 
-def ranking_by_annotator(policy: Policy, votes: Votes) -> dict[str, Any]:
+def ranking_by_annotator(policy: Policy, votes: Votes, worker: Worker = ALONE) -> dict[str, Any]:
     """Accuracy by annotator of one policy, its reference, and its implicit reward."""
-    trained = response_logps(policy, votes.rows)
-    base = policy.reference_logps(votes.rows).sum.double().cpu()
+    trained = policy.logps(votes.rows, worker=worker).sum.double()
+    base = policy.reference_logps(votes.rows, worker=worker).sum.double()
     scores = {"reference": base, "policy": trained, "implicit reward": trained - base}
     forms = {name: {"accuracy": accuracy_of(value, votes)} for name, value in scores.items()}
     return {"forms": forms, "annotators": len(votes.names), "result": _result(forms)}
@@ -188,16 +192,19 @@ def _averaged(found: Mapping[str, Any]) -> Estimate:
 def _reference_answers(
     types: Types, prompts: Sequence[Sequence[int]], drawing: Drawing
 ) -> list[list[Tokens]]:
-    if not types.share_a_base:
-        return _answers(types.reference, prompts, drawing)
-    return _answers(types.reference, prompts, drawing, FromReference())
+    sampler = FromReference() if types.share_a_base else ON_POLICY
+    return _answers(types.reference, prompts, drawing, types.worker, sampler)
 
 
 def _answers(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     drawing: Drawing,
+    worker: Worker,
     sampler: Sampler = ON_POLICY,
 ) -> list[list[Tokens]]:
-    drawn = sample(policy, prompts, drawing.n, drawing.settings, drawing.seed, sampler)
+    drawn = worker.mapped(
+        lambda asked: sample(policy, asked, drawing.n, drawing.settings, drawing.seed, sampler),
+        prompts,
+    )
     return [[one.tokens for one in asked] for asked in drawn]

@@ -7,6 +7,7 @@ To add one: the function, and its name in `FORMS`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ def draw_one_type(
     for index in sorted(set(chosen)):
         places = [place for place, one in enumerate(chosen) if one == index]
         asked = [prompts[place] for place in places]
-        drawn = sample(types.use(index), asked, 1, settings, seed)
+        one = partial(sample, types.use(index), n=1, settings=settings, seed=seed)
+        drawn = types.worker.mapped(one, asked)
         for place, found in zip(places, drawn, strict=True):
             answers[place] = found[0].tokens
     return answers
@@ -92,7 +94,9 @@ def pooled_answers(
 
     shares = weights.tolist()
     pool = Pool(sources, (1 - sum(shares), *shares))
-    drawn = sample_pool(policy, prompts, n, settings, seed, pool)
+    drawn = types.worker.mapped(
+        lambda asked: sample_pool(policy, asked, n, settings, seed, pool), prompts
+    )
     return [[one.tokens for one in answers] for answers in drawn]
 
 
@@ -177,7 +181,9 @@ def distil_by_kl(
     student = Student(policy, *teacher)
     trainer = build_trainer(student, Imitation(), None, settings, accelerator)
     metrics = fit(trainer, _rows(prompts, answers), [], out)
-    policy.save(out / "policy")
+    if accelerator.is_main_process:
+        policy.save(out / "policy")
+    accelerator.wait_for_everyone()
     return metrics
 
 

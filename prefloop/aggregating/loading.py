@@ -10,10 +10,11 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 
-from prefloop.logps.layout import TOKENS, buckets, response_mask
+from prefloop.logps.layout import TOKENS, buckets
 from prefloop.policies import Policy, load_policy
 from prefloop.policies.policy import evaluating
 from prefloop.runs import read_json, read_jsonl
+from prefloop.shares import ALONE, Worker
 from prefloop.types import Tokenized, UserError, score
 
 
@@ -29,6 +30,7 @@ class Types:
         beta: strength of the KL constraint they were trained with, per nat.
         gamma: responsibilities of each annotator by name.
         model: name or folder of the base.
+        worker: this process among those that share answers and scores.
     """
 
     policies: tuple[Policy, ...]
@@ -38,6 +40,7 @@ class Types:
     beta: float
     gamma: dict[str, list[float]]
     model: str
+    worker: Worker = ALONE
 
     def __len__(self) -> int:
         return len(self.policies)
@@ -63,18 +66,20 @@ class Types:
         for index in range(len(self)):
             policy = self.use(index)
             with evaluating(policy.model):
-                tables.append(response_logps(policy, rows, token_budget))
+                tables.append(response_logps(policy, rows, token_budget, self.worker))
         return torch.stack(tables)
 
     def _reference_logps(self, rows: Sequence[Tokenized], token_budget: int) -> Tensor:
         if not self.share_a_base:
             with evaluating(self.reference.model):
-                return response_logps(self.reference, rows, token_budget)
+                return response_logps(self.reference, rows, token_budget, self.worker)
         with self.reference.reference() as model, evaluating(model):
-            return response_logps(self.reference, rows, token_budget)
+            return response_logps(self.reference, rows, token_budget, self.worker)
 
 
-def load_types(run: Path, device: torch.device | str | None = None) -> Types:
+def load_types(
+    run: Path, device: torch.device | str | None = None, worker: Worker = ALONE
+) -> Types:
     """The types of the run folder of `prefloop mixture`.
 
     Raises:
@@ -107,17 +112,26 @@ def load_types(run: Path, device: torch.device | str | None = None) -> Types:
         beta=float(found["beta"]),
         gamma={row["annotator"]: row["gamma"] for row in told},
         model=found["model"],
+        worker=worker,
     )
 
 
 @torch.no_grad()
 def response_logps(
-    policy: Policy, rows: Sequence[Tokenized], token_budget: int = TOKENS
+    policy: Policy,
+    rows: Sequence[Tokenized],
+    token_budget: int = TOKENS,
+    worker: Worker = ALONE,
 ) -> Float[Tensor, "B N"]:
     """log p(y|x) of every response of `rows`, in batches; 0 where there is none."""
     scorer = policy.scorer(None)
-    table = torch.zeros(response_mask(rows).shape[:2], dtype=torch.float64)
-    for part in buckets(rows, token_budget):
-        found = score(scorer, [rows[index] for index in part]).sum.double().cpu()
-        table[torch.tensor(part), : found.shape[1]] = found
-    return table
+
+    def summed(rows: Sequence[Tokenized]) -> list[Float[Tensor, " N"]]:
+        found: list[Float[Tensor, " N"]] = [torch.empty(0)] * len(rows)
+        for part in buckets(rows, token_budget):
+            sums = score(scorer, [rows[index] for index in part]).sum.double().cpu()
+            for index, one in zip(part, sums, strict=True):
+                found[index] = one[: len(rows[index].responses)]
+        return found
+
+    return torch.nn.utils.rnn.pad_sequence(worker.mapped(summed, rows), batch_first=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,12 @@ def answer(
     All types draw with the same random numbers: equal policies give equal answers, and regret 0.
     The regret is that of the policies themselves only at temperature 1 without top-k or top-p.
     """
-    answers = [sample(types.use(index), prompts, n, settings, seed) for index in range(len(types))]
+    answers = [
+        types.worker.mapped(
+            partial(sample, types.use(index), n=n, settings=settings, seed=seed), prompts
+        )
+        for index in range(len(types))
+    ]
     tokens = [[[one.tokens for one in drawn] for drawn in asked] for asked in answers]
     return Answered(answers=answers, log_ratio=judged(types, prompts, tokens))
 

@@ -114,9 +114,9 @@ def _refuse_several(name: str, command: Any, environment: Mapping[str, str]) -> 
     count = environment.get("WORLD_SIZE", "1")
     if count != "1" and not getattr(command, "shares", False):
         raise UserError(
-            f"prefloop {name} runs in one process, and this is one of {count}; start it without "
-            "torchrun or accelerate launch. train, score, select and reward --model share their "
-            "work"
+            f"prefloop {name}, as it is asked here, runs in one process, and this is one of "
+            f"{count}; start it without torchrun or accelerate launch. docs/scaling.md lists the "
+            "commands that share their work"
         )
 
 

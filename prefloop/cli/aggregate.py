@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from prefloop.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor
 
-    from prefloop.aggregating import Solved, Types
+    from prefloop.aggregating import Answered, Solved, Types
     from prefloop.policies import Sampling
     from prefloop.types import Comparison
 
@@ -59,39 +60,62 @@ class Aggregate:
     resume: bool = False
     """Go on with the run in --out."""
 
+    shares: ClassVar[bool] = True  # the work, with the processes of torchrun
+
     def __call__(self) -> None:
         """Write regret.json, then what was asked for, and say who loses how much."""
-        from prefloop.aggregating import answer, load_types, regret_section, solve
+        from prefloop.aggregating import answer, load_types, solve
         from prefloop.cli import settings
         from prefloop.data import encoder, read_prompts
+        from prefloop.mixture import refuse_divided
         from prefloop.policies import Sampling
-        from prefloop.runs import start_run, write_json, write_jsonl
+        from prefloop.runs import start_run
+        from prefloop.shares import PATIENCE, worker_of
+        from prefloop.trainer.build import accelerator_for, finish
 
         prompts = read_prompts(self.data)
-        types = load_types(self.run)
+        accelerator = accelerator_for((), self.out, "no", PATIENCE)
+        refuse_divided(accelerator)
+        worker = worker_of(accelerator)
+        types = load_types(self.run, worker=worker)
         new = self._new(types)
         known = types.gamma | new
         self._refuse_nobody(known)
-        out = start_run(self.out, "aggregate", settings(self), self.resume)
+        worker.led(lambda: start_run(self.out, "aggregate", settings(self), self.resume))
         drawing = Sampling(
             temperature=self.temperature, max_new_tokens=self.max_new_tokens, rows=self.rows
         )
         tokens = encoder(types.reference.tokenizer).prompts(prompts)
         answered = answer(types, tokens, self.n, drawing, self.loop.seed)
         solved = solve(types, answered, self.importance)
-        write_json(out / "regret.json", solved.as_json())
-        section = regret_section(solved, [_shown(prompt) for prompt in prompts], answered)
-        write_json(out / "regret.section.json", section)
-        _say(solved.as_json())
+        if worker.leads:
+            self._write(solved, prompts, answered, new)
         if self.held_out:
-            self._evaluate(types, solved, out)
+            self._evaluate(types, solved)
+        if self.distil:
+            self._distil(types, self._weights(known, solved), tokens, drawing, accelerator)
+        finish(accelerator)
+        if worker.leads:
+            print(f"next: prefloop report {self.out}")
+
+    def _write(
+        self,
+        solved: "Solved",
+        prompts: "list[Comparison]",
+        answered: "Answered",
+        new: dict[str, list[float]],
+    ) -> None:
+        from prefloop.aggregating import regret_section
+        from prefloop.runs import write_json, write_jsonl
+
+        write_json(self.out / "regret.json", solved.as_json())
+        section = regret_section(solved, [_shown(prompt) for prompt in prompts], answered)
+        write_json(self.out / "regret.section.json", section)
+        _say(solved.as_json())
         if self.new:
             lines = ({"annotator": name, "gamma": gamma} for name, gamma in new.items())
-            write_jsonl(out / "personal.jsonl", lines)
-            print(f"types of {len(new)} new annotators: {out / 'personal.jsonl'}")
-        if self.distil:
-            self._distil(types, self._weights(known, solved), tokens, drawing)
-        print(f"next: prefloop report {out}")
+            write_jsonl(self.out / "personal.jsonl", lines)
+            print(f"types of {len(new)} new annotators: {self.out / 'personal.jsonl'}")
 
     def _refuse_nobody(self, known: Mapping[str, list[float]]) -> None:
         from prefloop.errors import UserError
@@ -109,13 +133,15 @@ class Aggregate:
             return torch.tensor(known[self.annotator], dtype=torch.float64)
         return solved.weights()[self.weights]
 
-    def _evaluate(self, types: "Types", solved: "Solved", out: Path) -> None:
+    def _evaluate(self, types: "Types", solved: "Solved") -> None:
         from prefloop.aggregating import accuracy_by_annotator
         from prefloop.runs import write_json
 
         assert self.held_out is not None
         found = accuracy_by_annotator(types, self._votes(types, self.held_out), solved.weights())
-        write_json(out / "annotators.json", found)
+        if not types.worker.leads:
+            return
+        write_json(self.out / "annotators.json", found)
         print("accuracy on held-out judgements, by annotator: worst, mean")
         for name, one in found.items():
             print(f"  {name:<24}{one['worst']:.3f}  {one['average']:.3f}")
@@ -146,11 +172,11 @@ class Aggregate:
         weights: "Tensor",
         prompts: list[tuple[int, ...]],
         drawing: "Sampling",
+        accelerator: "Accelerator",
     ) -> None:
         from prefloop.aggregating import answers_of, distil, distil_by_kl
         from prefloop.policies import Lora, load_policy
         from prefloop.runs import write_jsonl
-        from prefloop.trainer.build import accelerator_for
 
         seeds = range(self.loop.seed, self.loop.seed + self.distil)
         drawn = list(answers_of(self.form, types, prompts, weights, drawing, seeds))
@@ -160,15 +186,16 @@ class Aggregate:
             {"prompt": decode([*prompt]), "answers": [decode([*one]) for one in given]}
             for prompt, given in zip(prompts, answers, strict=True)
         )
-        write_jsonl(self.out / "answers.jsonl", told)
+        types.worker.led(lambda: write_jsonl(self.out / "answers.jsonl", told))
         adapter = Lora(rank=self.lora_rank, alpha=2.0 * self.lora_rank) if self.lora_rank else None
         policy = load_policy(types.model, adapter=adapter, seed=self.loop.seed)
-        accelerator = accelerator_for((), self.out, "no")
         if self.by == "kl":
             teacher, training = (types, self.form, weights), (self.loop, accelerator)
             metrics = distil_by_kl(policy, prompts, answers, teacher, training, self.out)
         else:
             metrics = distil(policy, prompts, answers, self.loop, accelerator, self.out)
+        if not types.worker.leads:
+            return
         said = f"distilled {self.form} of {self.weights} by {self.by}"
         print(f"{said}: loss {metrics['loss']:.4f} nats an answer")
         print(f"policy: {self.out / 'policy'}")

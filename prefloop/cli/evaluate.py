@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -40,10 +40,7 @@ class Evaluate:
     seed: int = 0
     """Answers follow from the seed and the prompt."""
 
-    @property
-    def shares(self) -> bool:
-        """Whether the processes of torchrun share the work."""
-        return self.by == "everybody"
+    shares: ClassVar[bool] = True  # the work, with the processes of torchrun
 
     def __call__(self) -> None:
         """Write evaluation.json and say what is in it."""
@@ -51,7 +48,11 @@ class Evaluate:
         from prefloop.shares import this_worker
 
         out, worker = self.out or self.run, this_worker()
-        found = self._by_annotator() if self.by == "annotator" else self._by_everybody(out, worker)
+        found = (
+            self._by_annotator(worker)
+            if self.by == "annotator"
+            else self._by_everybody(out, worker)
+        )
         if not worker.leads:
             return
         if self.by == "annotator":
@@ -77,7 +78,7 @@ class Evaluate:
         draw = Draw(n=self.n, settings=self._sampling(), seed=self.seed)
         return compare(policy, prompts, reward, out, draw, worker)
 
-    def _by_annotator(self) -> dict[str, Any]:
+    def _by_annotator(self, worker: "Worker") -> dict[str, Any]:
         import torch
 
         from prefloop import data
@@ -101,8 +102,9 @@ class Evaluate:
         rows = with_annotators(read, "refuse")
         if not (self.run / "regret.json").is_file():
             policy = trained_policy(self.run)
-            return ranking_by_annotator(policy, self._votes(rows, policy))
-        types = load_types(Path(read_json(self.run / "config.json")["settings"]["run"]))
+            return ranking_by_annotator(policy, self._votes(rows, policy, worker), worker)
+        run = Path(read_json(self.run / "config.json")["settings"]["run"])
+        types = load_types(run, worker=worker)
         mixtures = {
             name: torch.tensor(one["weights"], dtype=torch.float64)
             for name, one in read_json(self.run / "regret.json")["mixtures"].items()
@@ -110,10 +112,10 @@ class Evaluate:
         distilled = (self.run / "policy").is_dir()
         others = {"distilled": load_policy(self.run / "policy")} if distilled else {}
         drawing = Drawing(n=self.n, settings=self._sampling(), seed=self.seed)
-        votes = self._votes(rows, types.reference)
+        votes = self._votes(rows, types.reference, worker)
         return evaluate_by_annotator(types, votes, mixtures, others, drawing)
 
-    def _votes(self, rows: "list[Comparison]", policy: "Policy") -> "Votes":
+    def _votes(self, rows: "list[Comparison]", policy: "Policy", worker: "Worker") -> "Votes":
         from prefloop.data import Overlong, tokenize
         from prefloop.errors import UserError
         from prefloop.mixture import Votes
@@ -122,7 +124,8 @@ class Evaluate:
         if not ordered:
             raise UserError(f"{self.data}: no row puts one response before another; ranks are read")
         tokens, left_out = tokenize(ordered, policy.tokenizer, policy.context, Overlong.drop)
-        print(f"{len(tokens)} judgements; {len(rows) - len(ordered)} ties left out; {left_out}")
+        if worker.leads:
+            print(f"{len(tokens)} judgements; {len(rows) - len(ordered)} ties left out; {left_out}")
         return Votes.of(tokens)
 
     def _sampling(self) -> "Sampling":

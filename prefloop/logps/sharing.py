@@ -15,12 +15,10 @@ def shared_logps(scorer: nn.Module, rows: Sequence[Tokenized], worker: Worker) -
 
     Log-probabilities only: no collision, no gradient.
     """
-    share = worker.share(rows)
     with torch.no_grad():
         if worker.count == 1:
             return score(scorer, rows).to("cpu")
-        mine = score(scorer, share).token.cpu().unbind() if share else ()
-    found = worker.gathered(mine)
+        found = worker.mapped(lambda mine: score(scorer, mine).token.cpu().unbind(), rows)
     token = found[0].new_zeros(table_shape(rows))
     for at, one in enumerate(found):  # each is padded to the largest row of its worker
         count, longest = min(one.shape[0], token.shape[1]), min(one.shape[1], token.shape[2])

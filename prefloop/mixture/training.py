@@ -103,16 +103,18 @@ class MixtureTraining:
         """Mean last hidden state of each response under the policy, and the log of its length."""
         scorer, budget = self.policy.scorer(None), self.settings.token_budget
         once = distinct(rows, budget)
-        worker = worker_of(self.accelerator)
-        mine = worker.share(once.rows)
-        found: list[Float[Tensor, "N D"]] = [torch.empty(0)] * len(mine)
-        with evaluating(self.policy.model):
-            for part in buckets(mine, budget):
-                states = hidden_sums(scorer, [mine[index] for index in part]).cpu()
+
+        def sums(rows: Sequence[Tokenized]) -> list[Float[Tensor, "N D"]]:
+            found: list[Float[Tensor, "N D"]] = [torch.empty(0)] * len(rows)
+            for part in buckets(rows, budget):
+                states = hidden_sums(scorer, [rows[index] for index in part]).cpu()
                 for index, one in zip(part, states, strict=True):
                     found[index] = one
-        sums = worker.gathered(found)
-        states = torch.nn.utils.rnn.pad_sequence(sums, batch_first=True)[once.row, once.place]
+            return found
+
+        with evaluating(self.policy.model):
+            summed = worker_of(self.accelerator).mapped(sums, once.rows)
+        states = torch.nn.utils.rnn.pad_sequence(summed, batch_first=True)[once.row, once.place]
         length = response_mask(rows).sum(-1, keepdim=True)  # (B, N, 1)
         return torch.cat([states / length.clamp(min=1), length.clamp(min=1).log()], -1)
 

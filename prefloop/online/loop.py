@@ -266,8 +266,7 @@ class Online:
         if "reference_logps" not in self.asking.rule.columns:
             return scored
         measured = folder / "log_ratios.jsonl"
-        share = self.worker.share(list(data.iterate(scored)))
-        rows = self.worker.gathered(WithLogps(policy=policy)(share) if share else [])
+        rows = self.worker.mapped(WithLogps(policy=policy), list(data.iterate(scored)))
         self.worker.led(lambda: write_jsonl(measured, map(data.as_row, rows)))
         return measured
 

@@ -89,6 +89,30 @@ def rounds(
         yield Round(number, shares, belief)
 
 
+def averaged(fit: Callable[[Tensor, int], Tensor], over: int) -> Callable[[Tensor, int], Tensor]:
+    """`fit`, but its log-likelihoods are averaged over about the last `over` rounds.
+
+        mean_t = mean_(t-1) + max(1 / t, 1 / over) (loglik_t - mean_(t-1)),   t = 1, 2, ...
+
+    Policies that are trained by a few steps of stochastic gradients differ from round to round by
+    chance; the E-step then reads less of that. 1 is plain EM.
+
+    References:
+        Delyon, Lavielle and Moulines 1999, "Convergence of a stochastic approximation version of
+        the EM algorithm".
+    """
+    mean: Tensor | None = None
+
+    def fitted(gamma: Tensor, number: int) -> Tensor:
+        nonlocal mean
+        found = fit(gamma, number)
+        step = max(1 / (number + 1), 1 / over)
+        mean = found if mean is None else mean + step * (found - mean)
+        return mean
+
+    return fitted
+
+
 def responsibilities(loglik: Float[Tensor, "*G I K"], shares: Float[Tensor, "*G K"]) -> Belief:
     """The E-step.
 

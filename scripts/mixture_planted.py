@@ -53,6 +53,7 @@ class Setting:
     restarts: int
     evidence: str
     assign: str
+    average: int
     warm: bool
     annotators: int
     types: int
@@ -68,8 +69,9 @@ class Setting:
         return (
             f"{self.judgements:3d} {self.form:<8}{self.start:<16}{self.evidence:<18}"
             f"{self.annotators:4d} annotators, {self.types} types, {self.restarts} starts, "
-            f"{self.assign}{', warm' * self.warm}, {self.epochs} epochs at {self.lr:g}, batches "
-            f"of {self.batch_size}, rank {self.lora_rank}, beta {self.beta:g}"
+            f"{self.assign}{', warm' * self.warm}, average of {self.average}, {self.epochs} epochs "
+            f"at {self.lr:g}, batches of {self.batch_size}, rank {self.lora_rank}, "
+            f"beta {self.beta:g}"
         )
 
 
@@ -158,6 +160,7 @@ def run(model: str, rows: list[Comparison], setting: Setting, out: Path) -> dict
             rounds=setting.rounds,
             evidence=parse(setting.evidence, EVIDENCE),
             assign="hard" if setting.assign == "hard" else "soft",
+            average=setting.average,
             warm=setting.warm,
             seed=setting.seed,
         ),
@@ -205,6 +208,7 @@ def settings_of(given: argparse.Namespace) -> list[Setting]:
             restarts=given.restarts,
             evidence=evidence,
             assign=given.assign,
+            average=given.average,
             warm=given.warm,
             annotators=given.annotators,
             types=given.types,
@@ -235,6 +239,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--evidence", nargs="+", default=["Trained()"])
     parser.add_argument("--assign", choices=["soft", "hard"], default="soft")
+    parser.add_argument("--average", type=int, default=1)
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--annotators", type=int, default=32)
     parser.add_argument("--types", type=int, choices=[2, 3], default=2)

@@ -8,6 +8,7 @@ import torch
 
 from prefloop.em import (
     adjusted_rand_index,
+    averaged,
     by_annotator,
     dirichlet_start,
     effective_types,
@@ -47,6 +48,15 @@ def test_an_annotator_without_judgements_gets_the_shares_and_a_dead_type_stays_d
     belief = responsibilities(torch.zeros(1, 3, dtype=torch.float64), shares)
     assert belief.responsibilities[0].tolist() == pytest.approx([0.3, 0.7, 0.0])
     assert belief.evidence.item() == pytest.approx(0.0)
+
+
+def test_log_likelihoods_are_averaged_over_rounds_by_hand():
+    told = [torch.tensor([[value]]) for value in (8.0, 4.0, 0.0, 6.0)]
+    plain, two, long = (averaged(lambda gamma, t: told[t], over) for over in (1, 2, 9))
+    nobody = torch.zeros(1, 1)
+    assert [float(plain(nobody, t)) for t in range(4)] == [8, 4, 0, 6]
+    assert [float(two(nobody, t)) for t in range(4)] == [8, 6, 3, 4.5]  # steps 1, 1/2, 1/2, 1/2
+    assert [float(long(nobody, t)) for t in range(4)] == [8, 6, 4, 4.5]  # the mean so far
 
 
 def test_judgements_are_added_up_by_annotator():

@@ -155,11 +155,29 @@ def test_responsibilities_are_bayes_rule_on_the_log_likelihoods_on_disk(tmp_path
     torch.testing.assert_close(fitted.gamma, joint / joint.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_a_run_killed_in_the_second_round_ends_in_the_same_files(warm, tmp_path):
+def test_an_averaged_e_step_reads_the_rounds_before_too(tmp_path):
+    votes, _ = planted(annotators=6, votes=2)
+    start = Clusters()(votes, 2, 0, items)
+    fitted = run_em(tabular_steps(), votes, Mixture(types=2, rounds=2, average=2), start, tmp_path)
+    told = [
+        torch.stack(
+            [load_file(tmp_path / f"round-{t}" / f"type-{k}" / LOGLIK)["loglik"] for k in (1, 2)],
+            -1,
+        )
+        for t in (1, 2)
+    ]
+    mean = em.by_annotator(sum(told) / 2, votes.annotator, 6)
+    shares = fitted.history[0].belief.responsibilities.mean(0)
+    torch.testing.assert_close(fitted.gamma, (mean + shares.log()).softmax(-1))
+    last = em.by_annotator(told[1], votes.annotator, 6)
+    assert not torch.allclose(fitted.gamma, (last + shares.log()).softmax(-1))
+
+
+@pytest.mark.parametrize(("warm", "average"), [(False, 1), (True, 1), (False, 2)])
+def test_a_run_killed_in_the_second_round_ends_in_the_same_files(warm, average, tmp_path):
     votes, _ = planted(annotators=8, votes=4)
     start = Dirichlet()(votes, 2, 0, items)
-    mixture = Mixture(types=2, rounds=3, warm=warm)
+    mixture = Mixture(types=2, rounds=3, warm=warm, average=average)
 
     class Killed(Exception):
         pass

@@ -47,6 +47,9 @@ class Mixture:
     evidence: str = "Trained()"
     """What rounds score: Trained(), what they trained on; Halves(), the other half of each
     annotator's judgements; HeldOut(folds=3), annotators none of whose judgements were read."""
+    average: int = 1
+    """E-steps read log-likelihoods averaged over about this many rounds: short trainings differ by
+    chance; 1 reads the last round only."""
     annotator_missing: Literal["refuse", "own"] = "refuse"
     """What happens to rows without an annotator: own makes each an annotator of its own."""
     allow_unidentified: bool = False
@@ -107,6 +110,7 @@ class Mixture:
             warm=self.warm,
             assign=self.assign,
             evidence=parse(self.evidence, EVIDENCE),
+            average=self.average,
             seed=self.loop.seed,
         )
         refuse_unlearnable(votes, em.types, self.allow_unidentified)

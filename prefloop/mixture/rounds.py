@@ -7,7 +7,7 @@ FOLDER/round-1/part-1/type-1/   the same where a round has parts, see `evidence`
 FOLDER/final/type-1/            the last training on everything, where evidence was held out
 
 A round whose log-likelihoods are on disk is not done again: replaying the E-steps from them gives
-the very responsibilities of the run that was killed.
+the very responsibilities of the run that was killed, also where E-steps average over rounds.
 """
 
 import shutil
@@ -57,6 +57,8 @@ class Mixture:
         assign: "soft" trains every type on everybody as far as they are of it; "hard" on those
             who are likeliest of it, as MaxMin-RLHF does.
         evidence: which judgements a round trains on and which it scores.
+        average: rounds whose log-likelihoods an E-step averages, see `em.averaged`; 1 reads the
+            round that was just trained, as in the authors' code.
         seed: of the parts of the evidence, and of a random start.
     """
 
@@ -65,10 +67,11 @@ class Mixture:
     warm: bool = False
     assign: Literal["soft", "hard"] = "soft"
     evidence: Evidence = PLAIN
+    average: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("types", "rounds"):
+        for name in ("types", "rounds", "average"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.warm and isinstance(self.evidence, Halves):
@@ -141,7 +144,8 @@ def run_em(
     work = _Work(steps, votes, mixture, folder)
     leads = steps.worker.leads
     history: list[em.Round] = []
-    for done in em.rounds(work.fit, start, mixture.rounds, ASSIGN[mixture.assign]):
+    fit = em.averaged(work.fit, mixture.average)
+    for done in em.rounds(fit, start, mixture.rounds, ASSIGN[mixture.assign]):
         history.append(done)
         if leads:
             _write(folder, votes, history, work.scored[-1])

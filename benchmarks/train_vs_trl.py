@@ -112,8 +112,12 @@ def lora_config():
 
 
 def starting_model(material: Material, precision: Precision) -> PreTrainedModel:
-    """A copy of the model; a base that an adapter freezes is in the type of the products."""
-    model = copy.deepcopy(material.model)
+    """A copy of the model; a base that an adapter freezes is in the type of the products.
+
+    A process that runs one side once, for its memory, takes the model itself: nobody who trains
+    keeps a second one.
+    """
+    model = material.model if material.case.only else copy.deepcopy(material.model)
     return model.to(torch.bfloat16) if material.case.lora and precision == "bf16" else model
 
 

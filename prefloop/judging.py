@@ -41,6 +41,7 @@ they are equally good."""
 """What a judge is asked; the wording is ours. The tag follows from the texts, so that an answer
 cannot end its own marks."""
 
+SHOWN = 200  # characters of a reply that could not be read
 PLACES = ("prompt", "first", "second")
 
 Side: TypeAlias = Literal["first", "second", "tie"]
@@ -71,12 +72,14 @@ class Vote:
         first, second: places of the two responses.
         forward: the verdict with `first` shown first: whether "first" or "second" is better.
         backward: the verdict with `second` shown first, in the same terms.
+        unread: the beginning of a reply that gave no verdict, if one of them gave none.
     """
 
     first: int
     second: int
     forward: Side | None
     backward: Side | None
+    unread: str | None = None
 
     @property
     def outcome(self) -> Side | None:
@@ -118,6 +121,7 @@ class Tally:
         tied: pairs in which one or both replies said tie, the other not contradicting.
         swayed: pairs whose winner changed with the order.
         unread: pairs with a reply that gives no verdict.
+        unread_reply: the beginning of the first such reply.
         shown_first: share of the verdicts that are no tie which name what was shown first; a judge
             without a taste for places is near 1/2.
     """
@@ -129,6 +133,7 @@ class Tally:
     tied: int
     swayed: int
     unread: int
+    unread_reply: str | None
     shown_first: float | None
 
 
@@ -148,6 +153,7 @@ def tally(votes: Sequence[Sequence[Vote]]) -> Tally:
         tied=sum(outcome == "tie" for outcome in outcomes) - swayed,
         swayed=swayed,
         unread=sum(outcome is None for outcome in outcomes),
+        unread_reply=next((vote.unread for vote in flat if vote.unread is not None), None),
         shown_first=sum(named) / len(named) if named else None,
     )
 
@@ -200,7 +206,15 @@ class Judge:
         for number, (place, first, second) in enumerate(asked):
             swapped = read[2 * number + 1]
             backward = None if swapped is None else OTHER[swapped]
-            votes[place].append(Vote(first, second, read[2 * number], backward))
+            asked_twice = slice(2 * number, 2 * number + 2)
+            lost = [
+                reply[:SHOWN]
+                for reply, side in zip(replies[asked_twice], read[asked_twice], strict=True)
+                if side is None
+            ]
+            votes[place].append(
+                Vote(first, second, read[2 * number], backward, lost[0] if lost else None)
+            )
         return votes
 
     def __call__(self, rows: Sequence[Comparison], folder: Path) -> list[Comparison]:
@@ -232,8 +246,9 @@ def judge_rows(
     """Judge every row, into `folder`: judged.jsonl, and judge.json with the counts of a `Tally`.
 
     Each row gets a `rank` (null where a reply gave no verdict), the judge as `annotator`, and
-    `judge_votes`: [first, second, forward, backward] of each pair. Replies are kept as they come; a
-    killed run asks only what is missing.
+    `judge_votes`: [first, second, forward, backward] of each pair, and behind them the beginning of
+    a reply without a verdict. Replies are kept as they come; a killed run asks only what is
+    missing.
     """
     part, whole = folder / "judged.part.jsonl", folder / "judged.jsonl"
     if not whole.exists():
@@ -267,7 +282,8 @@ def _kept(part: Path, rows: Sequence[Comparison]) -> list[list[Vote]]:
 
 
 def _plain(vote: Vote) -> list[Any]:
-    return [vote.first, vote.second, vote.forward, vote.backward]
+    lost = [] if vote.unread is None else [vote.unread]
+    return [vote.first, vote.second, vote.forward, vote.backward, *lost]
 
 
 def _judged(row: Comparison, votes: Sequence[Vote], judge: Judge) -> Comparison:

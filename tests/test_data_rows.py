@@ -232,9 +232,13 @@ BAD = [
     (GOOD | {"prompt": 3}, "prompt is the number 3, not text"),
     (GOOD | {"prompt": "  "}, "the prompt is empty"),
     (GOOD | {"prompt": []}, "prompt has no message"),
+    (
+        GOOD | {"prompt": [USER | {"tool_calls": [{"name": "f"}]}]},
+        "tool_calls of prompt message 1 is .*; of a message only texts are read, no calls of tools",
+    ),
     (GOOD | {"prompt": ["hi"]}, "prompt message 1 is 'hi'; a message is an object with role and"),
     (GOOD | {"prompt": [USER | {"content": None}]}, "content of prompt message 1 is null"),
-    (GOOD | {"prompt": [USER | {"tool_calls": []}]}, r"tool_calls of prompt message 1 is \[\]"),
+    (GOOD | {"prompt": [USER | {"image": 3}]}, "image of prompt message 1 is the number 3; of a"),
     (GOOD | {"prompt": [USER, says("a")]}, "prompt ends with an assistant message"),
     (GOOD | {"responses": "ab"}, "responses is 'ab'; it must be a list"),
     (GOOD | {"responses": ["a"]}, "responses has 1 entries; a comparison needs 2"),
@@ -310,3 +314,9 @@ def test_control_characters_of_the_data_do_not_reach_the_terminal():
     with pytest.raises(UserError) as caught:
         parse({"\x1b[2J": 1, "prompt": "\x1b[31m", "chosen": "\x1b[0m", "rejected": 3})
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("nothing", [None, [], {}])
+def test_an_empty_list_of_calls_is_no_call(nothing):
+    row = {**GOOD, "prompt": [{**USER, "tool_calls": nothing, "name": "Ada"}]}
+    assert parse(row).prompt == ({**USER, "name": "Ada"},)

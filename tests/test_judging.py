@@ -7,7 +7,7 @@ from loopback import completion, scripted
 
 from prefloop.cli import main
 from prefloop.errors import UserError
-from prefloop.judging import Judge, Vote, judge_rows, parse_reply, ranks, tally
+from prefloop.judging import SHOWN, Judge, Vote, judge_rows, parse_reply, ranks, tally
 from prefloop.runs import read_json, read_jsonl, write_jsonl
 from prefloop.servers import Server, connect
 from prefloop.types import Comparison
@@ -128,6 +128,9 @@ def test_a_reply_that_says_nothing_is_counted_and_not_scored(tmp_path):
     assert all(row.get("rank") is None for row in rows)
     counts = read_json(tmp_path / "judge.json")
     assert (counts["unread"], counts["left_out"], counts["shown_first"]) == (3, 3, None)
+    said = thinks_aloud("", "")[:SHOWN]
+    assert counts["unread_reply"] == said
+    assert rows[0]["judge_votes"] == [[0, 1, None, None, said]]
 
 
 def test_three_answers_are_asked_two_by_two_in_both_orders(tmp_path):

@@ -84,6 +84,8 @@ def _say(found: "Mapping[str, Any]") -> None:
         ("unread", "a reply without a verdict; not judged"),
     ):
         print(f"{found[name]:>7} ({100 * found[name] / max(1, pairs):.1f} %) {meaning}")
+    if found["unread_reply"] is not None:
+        print(f"        the first such reply begins: {found['unread_reply']!r}")
     if found["shown_first"] is not None:
         print(f"of its verdicts {100 * found['shown_first']:.1f} % name the answer shown first")
     if found["left_out"]:

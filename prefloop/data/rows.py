@@ -15,6 +15,9 @@ from prefloop.types import Comparison, UserError
 Messages: TypeAlias = tuple[Mapping[str, str], ...]
 
 
+SPOKEN = ("role", "content")  # of a message; other texts in it are for the chat template
+
+
 class _Form(NamedTuple):
     """What a row says about prompt and responses, whichever columns it uses for that."""
 
@@ -184,11 +187,19 @@ def _message(value: Any, name: str, place: str) -> dict[str, str]:
         raise UserError(
             f"{place}: {name} is {_shown(value)}; a message is an object with role and content"
         )
-    return {
-        key: _text(text, f"{key} of {name}", place)
-        for key, text in value.items()
-        if text is not None or key in ("role", "content")
+    more = {
+        key: found
+        for key, found in value.items()
+        if key not in SPOKEN and found is not None and found not in ([], {})
     }
+    for key, found in more.items():
+        if not isinstance(found, str):
+            raise UserError(
+                f"{place}: {key} of {name} is {_shown(found)}; of a message only texts are read, "
+                "no calls of tools and no pictures. Write it out in the content, or drop the row"
+            )
+    said = {key: value[key] for key in SPOKEN} | more
+    return {key: _text(text, f"{key} of {name}", place) for key, text in said.items()}
 
 
 def _response(value: Any, name: str, place: str) -> str:

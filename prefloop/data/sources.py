@@ -5,6 +5,7 @@ keeps columns a function that gives `Columnar`, and its suffix in `COLUMNAR`.
 JSON-lines, CSV, Parquet and Arrow are read a piece at a time; a JSON list is held whole.
 """
 
+import codecs
 import csv
 import gzip
 import json
@@ -63,9 +64,20 @@ def rows(source: str | Path, columns: Columns, refuse: Refuse) -> Iterator[Raw]:
             "these"
         )
     try:
+        _refuse_utf16(path)
         yield from reader(path, columns, refuse)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _refuse_utf16(path: Path) -> None:
+    """Once, and not for every line: it is what Windows calls Unicode."""
+    with _opened(path) as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(
+                f"{path}: UTF-16; save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8 "
+                f"{path.name} > NEW"
+            )
 
 
 class Columnar(NamedTuple):

@@ -30,6 +30,7 @@ from prefloop.policies import Lora, Sampling, load_policy
 from prefloop.policies.policy import evaluating
 from prefloop.policies.sampling import sample
 from prefloop.report import write_report
+from prefloop.report.section_json import read_section
 from prefloop.runs import read_json, read_jsonl, write_jsonl
 from prefloop.settings import TrainSettings
 from prefloop.types import Logps, judgement, score
@@ -377,6 +378,13 @@ def test_every_form_is_evaluated_by_annotator(run, model, prompts, votes, folder
     assert forms["type 1"]["accuracy"]["worst"] < 0.1
     assert forms["personal"]["regret"]["worst"] < forms["type 1"]["regret"]["worst"]
     assert found["result"][0]["name"].startswith("accuracy, ")
+    page = read_section(out / "annotators.section.json")
+    accuracy, wins, regret = page.tables
+    told = {row[0]: row[1:] for row in regret.rows}
+    assert told.keys() == {name for name, one in forms.items() if "regret" in one}
+    assert told["type 1"][1] == forms["type 1"]["regret"]["worst_group"]
+    assert len(accuracy.rows) == len(forms) - 1  # the reference orders nothing by itself
+    assert len(wins.rows) == len(regret.rows)
     assert "distilled" in capsys.readouterr().out
     assert main([*said.split(), "--reward", "vader"]) == 2
     assert "leave --reward out" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from prefloop.aggregating.forms import FORMS, Imitation, answers_of, distil, dis
 from prefloop.aggregating.loading import Types, load_types
 from prefloop.aggregating.people import accuracy_by_annotator, known_weights, posterior
 from prefloop.aggregating.regret import Answered, Solved, answer, regret_section, solve
+from prefloop.aggregating.sections import annotators_section
 
 __all__ = [
     "FORMS",
@@ -14,6 +15,7 @@ __all__ = [
     "Solved",
     "Types",
     "accuracy_by_annotator",
+    "annotators_section",
     "answer",
     "answers_of",
     "distil",

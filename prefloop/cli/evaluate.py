@@ -55,11 +55,14 @@ class Evaluate:
         )
         if not worker.leads:
             return
+        out.mkdir(parents=True, exist_ok=True)
         if self.by == "annotator":
+            from prefloop.aggregating import annotators_section
+
             say_forms(found["forms"])
+            write_json(out / "annotators.section.json", annotators_section(found))
         else:
             say(found)
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "evaluation.json", found)
         print(f"wrote {out / 'evaluation.json'}")
         print(f"next: prefloop report {self.run}")

@@ -198,7 +198,7 @@ def _controlled(before: Answers, after: Answers) -> list[Mapping[str, Any]]:
     credit = outcomes(after.rewards, before.rewards)
     difference = _lengths(after).unsqueeze(-1) - _lengths(before).unsqueeze(-2)
     clusters = torch.arange(len(credit)).repeat_interleave(credit[0].numel())
-    if difference.std() == 0:
+    if difference.min() == difference.max():
         return []
     found = length_controlled_win_rate(credit.flatten(), difference.flatten(), clusters)
     return [found.rate.row("win rate at equal length", "share")]

@@ -12,6 +12,7 @@ from together import together
 from prefloop import data
 from prefloop.cli import main
 from prefloop.collecting import Draw, collect, sample_to_file
+from prefloop.comparing import compare
 from prefloop.data import encoder
 from prefloop.labelling.store import Store
 from prefloop.labelling.tasks import tasks_of
@@ -134,3 +135,14 @@ def test_workers_give_the_log_probabilities_of_one(policy):
         assert torch.equal(found.mask, whole.mask)
     base = policy.reference_logps(batch, worker=Worker())
     torch.testing.assert_close(base.token, whole.token, rtol=0, atol=1e-5)
+
+
+def test_one_answer_to_one_prompt_has_no_win_rate_at_equal_length(policy, tmp_path):
+    def length(prompts: Sequence[object], responses: Sequence[Sequence[str]]) -> list:
+        return [tuple(float(len(text)) for text in texts) for texts in responses]
+
+    draw = Draw(n=1, settings=Sampling(max_new_tokens=3), seed=0)
+    found = compare(policy.with_frozen_copy(), PROMPTS[:1], length, tmp_path, draw)
+    names = [row["name"] for row in found["result"]]
+    assert names[0] == "win rate against the reference"
+    assert not any("equal length" in name for name in names)

@@ -1,6 +1,7 @@
 """The engine: log-probabilities of responses, with the prompt encoded once."""
 
 from prefloop.logps.cache import CachedLogps, cached_reference, model_identity
+from prefloop.logps.check import random_state_kept
 from prefloop.logps.distinct import Distinct, distinct, logps_once
 from prefloop.logps.embedded import EmbeddedScorer
 from prefloop.logps.head import chunked, exact
@@ -28,6 +29,7 @@ __all__ = [
     "logps_and_hidden_sums",
     "logps_once",
     "model_identity",
+    "random_state_kept",
     "shared_logps",
     "verify",
 ]

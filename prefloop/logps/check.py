@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
@@ -104,16 +104,17 @@ def _sample(batch: Sequence[Tokenized]) -> list[Tokenized]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, each module's own mode and the random state put back."""
     modes = [(module, module.training) for module in model.modules()]
-    device = causal_model(model).device
-    devices = [] if device.type == "cpu" else [device]
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=_kind(device)):
+        with torch.no_grad(), random_state_kept(causal_model(model).device):
             yield
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _kind(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type  # fork_rng always forks the CPU's
+def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers drawn inside, on the CPU or on `device`, change none drawn afterwards."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])  # it always keeps the CPU's
+    return torch.random.fork_rng([device], device_type=device.type)

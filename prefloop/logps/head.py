@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 64 * 2**20  # one chunk of float32 logits: large enough for a full-speed product
 KEPT_BYTES = 256 * 2**20  # chunks kept from forward to backward, all together
+PLAIN = (nn.Parameter, Tensor)  # the weight of a fused head; a sharded one is a DTensor
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _is_plain_linear(head: Head) -> bool:
     module = head.module
     return (
         type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)  # a sharded weight is a DTensor
+        and type(module.weight) in PLAIN
         and head.softcap is None
         and (module.bias is None or head.scale == 1.0)
     )

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prefloop.data import encoder
 from prefloop.errors import UserError
-from prefloop.logps import TOKENS, Scorer, shared_logps
+from prefloop.logps import TOKENS, Scorer, random_state_kept, shared_logps
 from prefloop.policies.settings import Lora
 from prefloop.runs import read_json, write_json
 from prefloop.shares import ALONE, Worker
@@ -154,10 +154,10 @@ class Policy:
         if isinstance(self.model, PeftModel):
             if name in self.model.peft_config:
                 raise UserError(f"{self.name} has an adapter named {name!r} already")
-            with _seeded(seed), _targets_named(lora):
+            with _seeded(seed, self.device), _targets_named(lora):
                 self.model.add_adapter(name, _lora_config(self.base, lora))
             return self
-        with _seeded(seed), _targets_named(lora):
+        with _seeded(seed, self.device), _targets_named(lora):
             wrapped = get_peft_model(self.model, _lora_config(self.model, lora), adapter_name=name)
         assert isinstance(wrapped, PeftModel)
         return replace(self, model=wrapped.eval())
@@ -247,9 +247,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """peft draws new weights from the global generator: lend it ours, and put it back."""
-    with torch.random.fork_rng():
+    with random_state_kept(device):
         torch.manual_seed(seed)
         yield
 

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from prefloop.logps import random_state_kept
 from prefloop.objectives import Objective
 from prefloop.settings import TrainSettings
 from prefloop.trainer.coupling import everyones
@@ -263,9 +264,7 @@ class seeded:
     """Random numbers inside the block follow from `seed`; outside nothing has changed."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self._fork = torch.random.fork_rng(
-            devices=[device] if device.type == "cuda" else [], device_type="cuda"
-        )
+        self._fork = random_state_kept(device)
         self._seed = seed
 
     def __enter__(self) -> None:

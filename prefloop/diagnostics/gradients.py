@@ -51,7 +51,8 @@ class GradientBound:
 
 
 def inner_products(scorer: nn.Module, batch: Sequence[Tokenized]) -> list[Tensor]:
-    """<s_i, s_j> of the responses of each row, an (n, n) table a row: all that the tests need.
+    """<s_i, s_j> of the responses of each row, an (n, n) table a row on the CPU: all that the tests
+    need.
 
     s = grad log pi(y|x), for the parameters that are trained.
 
@@ -62,7 +63,7 @@ def inner_products(scorer: nn.Module, batch: Sequence[Tokenized]) -> list[Tensor
     tables = []
     for row in batch:
         grads = _response_gradients(scorer, row, parameters)
-        tables.append((grads @ grads.T).double())
+        tables.append((grads @ grads.T).cpu().double())
     return tables
 
 

@@ -156,7 +156,7 @@ class _Step:
         share = judged.weight.to(policy.token.dtype) * scale
         reference = None
         if self.value is None and self.trainer.reference is not None:
-            reference = self.trainer.reference(part)
+            reference = self.trainer.reference(part).to(policy.token.device)
         best = sft_value(reference, judged, self.value)
         return Losses(upper, (sft_loss(policy, judged) * share).sum(), (best * share).sum())
 

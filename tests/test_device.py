@@ -4,6 +4,7 @@ What `pretend_device` is and cannot say stands in that file. Whatever is compare
 on the CPU.
 """
 
+import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from objective_cases import CASES
 from objective_world import World
 from pretend_device import DEVICE, MixedDevicesError, pretend_device
@@ -34,12 +36,16 @@ from prefloop.logps import (
     logps_and_hidden_sums,
     verify,
 )
+from prefloop.objectives import DPO
+from prefloop.objectives.references import combine_references
 from prefloop.policies import Lora, Policy, Sampling, load_policy, loading
 from prefloop.policies.sampling import Blend, FromPolicy, sample
 from prefloop.rewards import Implicit
 from prefloop.runs import read_json, write_jsonl
 from prefloop.samplers import FromReference, Hybrid, MixedLogits, Mixture, Tilted
-from prefloop.trainer import loop
+from prefloop.settings import TrainSettings
+from prefloop.stable import OneStep, StableGradient
+from prefloop.trainer import build_trainer, loop
 from prefloop.types import Logps, judgement, score
 
 
@@ -220,6 +226,27 @@ def test_an_objective_and_its_log_stay_on_the_device(case, there, monkeypatch):
     loop.batch_totals(case.objective, policy, world.reference, world.judged, losses)
 
 
+def test_several_references_are_one_whatever_holds_their_weights(there):
+    world = moved(CASES[0].world, there)
+    pair = [world.reference, world.policy]
+    both = combine_references(pair, torch.tensor([0.5, 0.5]).double())
+    assert both.token.device == DEVICE
+
+
+def test_a_solver_with_second_derivatives_takes_its_step_on_the_device(there):
+    model = tiny.llama().to(there)
+    frozen = tiny.llama(seed=1).to(there)
+    made = build_trainer(
+        Scorer(model, head=exact),
+        DPO(),
+        lambda rows: score(Scorer(frozen), rows).detach().to("cpu"),
+        TrainSettings(batch_size=2),
+        Accelerator(),
+        StableGradient(solver=OneStep()),
+    )
+    assert made.step(tiny.batch(2, responses=(2,)), 0, 0.01)["grad_norm"] > 0
+
+
 def scored_there(world: World) -> Logps:
     leaf = world.policy.token.clone().requires_grad_()
     embeddings = torch.zeros(*leaf.shape, 2, dtype=leaf.dtype, device=DEVICE).requires_grad_()
@@ -253,6 +280,7 @@ def folder(tmp_path_factory) -> Path:
     tiny.tokenizer().save_pretrained(made / "judge")
     write_jsonl(made / "pairs.jsonl", map(pair, range(12)))
     write_jsonl(made / "held.jsonl", map(pair, range(20, 28)))
+    write_jsonl(made / "shown.jsonl", map(shown, range(3)))
     for name, count in (("prompts", 4), ("many", 8)):
         write_jsonl(made / f"{name}.jsonl", ({"prompt": words(n, 3)} for n in range(count)))
     return made
@@ -260,6 +288,10 @@ def folder(tmp_path_factory) -> Path:
 
 def words(start: int, length: int) -> str:
     return " ".join(WORDS[(start * 7 + place * 3) % 60] for place in range(length))
+
+
+def shown(n: int) -> dict[str, Any]:
+    return {"prompt": words(n, 2), "completion": words(n, 1), "label": True}
 
 
 def pair(n: int) -> dict[str, Any]:
@@ -293,6 +325,7 @@ def encoder(folder) -> str:
 @pytest.fixture(autouse=True)
 def settings(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gc, "collect", lambda *generation: 0)  # half of the time of a tiny run
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
@@ -361,6 +394,8 @@ TRAINED = {
     "a hinge": "--stable Hinge()",
     "a hinge on a running level": "--stable Hinge() --stable-level RunningLevel(decay=0.9)",
     "products by differences": "--stable OneStep(product=DifferenceProduct())",
+    "demonstrations": "--stable Hinge() --demonstrations {folder}/shown.jsonl "
+    "--stable-level RunningLevel(decay=0.9) --objective SimPO() --no-log-displacement",
     "a look ahead": "--stable OneStepFirstOrder() --stable-level InnerLevel(steps=1)",
     "a step each in turn": "--stable Alternating()",
     "an adaptive pull": "--stable Adaptive()",
@@ -376,7 +411,8 @@ KEPT = ("the whole model", "autocast", "labels of a coupled batch", "input embed
 @pytest.mark.parametrize("name", fast(TRAINED, *KEPT))
 def test_every_kind_of_step_is_taken_on_the_device(name, model, folder, tmp_path, there):
     data = f"--data {folder}/pairs.jsonl --held-out-share 0 --max-steps 1"
-    run(f"train --model {model} {data} --out {tmp_path}/run {LOOP} {TRAINED[name]}")
+    more = TRAINED[name].format(folder=folder)
+    run(f"train --model {model} {data} --out {tmp_path}/run {LOOP} {more}")
 
 
 ROUNDS = f"--rounds 2 {LOOP} --max-new-tokens 4 --held-out-n 1 --reward test_device:even_words"

@@ -39,6 +39,7 @@ def combine_references(references: Sequence[Logps], weights: Float[Tensor, " *sh
             f"combine_references got {len(references)} references and {len(weights)} weights; give "
             "one weight for each of one or more references"
         )
+    weights = weights.to(references[0].token.device)
     total = weights.sum(0)
     if (weights < 0).any() or not torch.allclose(total, torch.ones_like(total), atol=1e-5):
         raise UserError(

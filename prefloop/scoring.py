@@ -108,7 +108,8 @@ class WithLogps:
         with evaluating(self.policy.model):
             if self.hidden:
                 logps, sums = logps_and_hidden_sums(scorer, batch)
-                grams = (sums.double() @ sums.double().mT).tolist()
+                sums = sums.cpu().double()
+                grams = (sums @ sums.mT).tolist()
             else:
                 logps = logps_of(scorer, batch)
         ours, theirs = logps.sum.tolist(), self._reference(batch)

@@ -205,6 +205,16 @@ class Judgement:
     weight: Float[Tensor, " B"]
     ensemble: Float[Tensor, "B N K"] | None = None
 
+    def to(self, device: torch.device | str) -> "Judgement":
+        """The same judgements on `device`."""
+        return Judgement(
+            rank=self.rank.to(device),
+            scores=self.scores.to(device),
+            label=self.label.to(device),
+            weight=self.weight.to(device),
+            ensemble=None if self.ensemble is None else self.ensemble.to(device),
+        )
+
 
 def judgement(batch: Sequence[Tokenized], device: torch.device | str = "cpu") -> Judgement:
     """The judgements of a batch, padded to its largest number of responses."""

@@ -137,6 +137,8 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_refused: set[torch.dtype] = set()
+"""What the device has no numbers of."""
 _types: list[torch.dtype | None] = []
 """What products are computed in, of each block of autocast that is open; None: as they are."""
 
@@ -184,21 +186,28 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if device is not None:
         here = torch.device(device).type == DEVICE.type
         kwargs["device"] = torch.device("cpu") if here else device
-    before = {key: value.there.shape for key, value in wrappers.items()}
-    if func is aten.histc.default and not args[0].is_floating_point():
-        args = (args[0].float(), *args[1:])  # the CPU's counts no integers, CUDA's does
-    results = func(*args, **kwargs)
-    for key, value in wrappers.items():
-        assert value.there.shape == before[key], f"{func} changes the shape of its argument"
+    results = _here(func, args, kwargs, list(wrappers.values()))
 
     def closed(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if id(value) in wrappers:
             return wrappers[id(value)]
+        if here and value.dtype in _refused:
+            raise TypeError(f"Cannot convert a tensor of {DEVICE} to {value.dtype}: {func}")
         return Pretended(value) if here else value
 
     return _mapped(closed, results)
+
+
+def _here(func: Any, args: Any, kwargs: Any, held: list[Pretended]) -> Any:
+    """What the operation gives for tensors of the CPU, those that `held` holds among them."""
+    before = [one.there.shape for one in held]
+    if func is aten.histc.default and not args[0].is_floating_point():
+        args = (args[0].float(), *args[1:])  # the CPU's counts no integers, CUDA's does
+    results = func(*args, **kwargs)
+    assert before == [one.there.shape for one in held], f"{func} changes the shape of an argument"
+    return results
 
 
 def _mapped(work: Callable[[Any], Any], value: Any) -> Any:
@@ -299,8 +308,11 @@ class Generator(_Generator, metaclass=_AnyGenerator):
 
 
 @contextlib.contextmanager
-def pretend_device() -> Iterator[torch.device]:
-    """Inside, `DEVICE` can be used like a GPU's, and Accelerate's device is this one."""
+def pretend_device(without: torch.dtype | None = None) -> Iterator[torch.device]:
+    """Inside, `DEVICE` can be used like a GPU's, and Accelerate's device is this one.
+
+    A tensor of the type `without` cannot be there: Apple's GPUs have no float64.
+    """
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     lifts = torch._C._only_lift_cpu_tensors()
     with contextlib.ExitStack() as stack:
@@ -308,6 +320,8 @@ def pretend_device() -> Iterator[torch.device]:
             stack.enter_context(mock.patch.object(target, name, value, create=True))
         for state in (PartialState, AcceleratorState, GradientState):
             stack.enter_context(mock.patch.dict(state._shared_state, clear=True))
+        _refused.update({without} - {None})
+        stack.callback(_refused.clear)
         stack.enter_context(mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(DEVICE)))
         torch.__future__.set_swap_module_params_on_conversion(True)  # `.to` keeps parameters
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes its copy in our sight

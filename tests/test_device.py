@@ -7,7 +7,6 @@ on the CPU.
 import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +51,22 @@ from prefloop.types import Logps, judgement, score
 @pytest.fixture
 def there(monkeypatch) -> Iterator[torch.device]:
     """The device, with the type that a frozen base has on a GPU: bfloat16."""
-    kinds = {True: torch.bfloat16, False: torch.float32}
-    monkeypatch.setattr(loading, "_dtype_for", lambda device, adapted: kinds[adapted])
+    with_gpus_types(monkeypatch)
     with pretend_device() as device:
         yield device
+
+
+@pytest.fixture
+def narrow(monkeypatch) -> Iterator[torch.device]:
+    """The device without float64, which Apple's GPUs do not have."""
+    with_gpus_types(monkeypatch)
+    with pretend_device(without=torch.float64) as device:
+        yield device
+
+
+def with_gpus_types(monkeypatch) -> None:
+    kinds = {True: torch.bfloat16, False: torch.float32}
+    monkeypatch.setattr(loading, "_dtype_for", lambda device, adapted: kinds[adapted])
 
 
 def fast(names: Iterable[str], *kept: str) -> list[Any]:
@@ -182,7 +193,7 @@ def test_every_sampler_answers_as_on_the_cpu(kept, model):
         return policy
 
     here = answers("cpu")
-    with pretend_device() as device:
+    with pretend_device(without=torch.float64) as device:
         there = answers(device)
     assert there[:-1] == here[:-1]
     assert there[-1] == pytest.approx(here[-1], abs=1e-4)
@@ -203,14 +214,7 @@ def test_gradients_of_responses_meet_rewards_on_the_cpu(there):
 
 
 def moved(world: World, device: torch.device) -> World:
-    judged = {
-        field.name: None if value is None else value.to(device)
-        for field in fields(world.judged)
-        for value in [getattr(world.judged, field.name)]
-    }
-    return World(
-        world.policy.to(device), world.reference.to(device), replace(world.judged, **judged)
-    )
+    return World(world.policy.to(device), world.reference.to(device), world.judged.to(device))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.objective))
@@ -332,7 +336,7 @@ def settings(tmp_path, monkeypatch):
 def both(work: Callable[[Path], None], folder: Path) -> tuple[Path, Path]:
     """Folders of what `work` left on the CPU and on the device."""
     work(folder / "here")
-    with pretend_device():
+    with pretend_device(without=torch.float64):
         work(folder / "there")
     return folder / "here", folder / "there"
 
@@ -409,7 +413,7 @@ KEPT = ("the whole model", "autocast", "labels of a coupled batch", "input embed
 
 
 @pytest.mark.parametrize("name", fast(TRAINED, *KEPT))
-def test_every_kind_of_step_is_taken_on_the_device(name, model, folder, tmp_path, there):
+def test_every_kind_of_step_is_taken_on_the_device(name, model, folder, tmp_path, narrow):
     data = f"--data {folder}/pairs.jsonl --held-out-share 0 --max-steps 1"
     more = TRAINED[name].format(folder=folder)
     run(f"train --model {model} {data} --out {tmp_path}/run {LOOP} {more}")
@@ -485,6 +489,6 @@ SHORT = ("answers of a sampler", "rewards of a classifier", "rewards on an encod
 
 
 @pytest.mark.parametrize("name", fast(COMMANDS, *SHORT))
-def test_every_command_runs_on_the_device(name, model, encoder, folder, tmp_path, there):
+def test_every_command_runs_on_the_device(name, model, encoder, folder, tmp_path, narrow):
     for line in COMMANDS[name]:
         run(line.format(folder, model, tmp_path, encoder))

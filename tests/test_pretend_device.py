@@ -114,3 +114,26 @@ def test_a_model_moves_as_it_does_on_the_cpu(there):
     again = copy.deepcopy(away)
     again[0].weight.data.zero_()
     assert away[0].weight.abs().sum() > 0
+
+
+def test_a_device_may_lack_a_type():
+    with pretend_device(without=torch.float64) as device:
+        assert three().double().sum() == three(device).sum().item() == 3
+        with pytest.raises(TypeError, match="float64"):
+            three(device).double()
+    with pretend_device() as device:
+        assert three(device).double().dtype == torch.float64
+
+
+def test_autocast_lowers_products_and_raises_sums(there):
+    half = {"device_type": there.type, "dtype": torch.bfloat16}
+    eye = torch.eye(3, device=there)
+    with torch.autocast(**half):
+        assert (eye @ three(there)).dtype == torch.bfloat16
+        assert (three(there) + 1).dtype == torch.float32
+        assert torch.softmax(eye.bfloat16(), -1).dtype == torch.float32
+        with torch.autocast(there.type, enabled=False):
+            assert not torch.is_autocast_enabled(there.type)
+            assert (eye @ three(there)).dtype == torch.float32
+        assert torch.get_autocast_dtype(there.type) == torch.bfloat16
+    assert not torch.is_autocast_enabled(there.type)

@@ -129,7 +129,7 @@ def response_logps(
     def summed(rows: Sequence[Tokenized]) -> list[Float[Tensor, " N"]]:
         found: list[Float[Tensor, " N"]] = [torch.empty(0)] * len(rows)
         for part in buckets(rows, token_budget):
-            sums = score(scorer, [rows[index] for index in part]).sum.double().cpu()
+            sums = score(scorer, [rows[index] for index in part]).sum.cpu().double()
             for index, one in zip(part, sums, strict=True):
                 found[index] = one[: len(rows[index].responses)]
         return found

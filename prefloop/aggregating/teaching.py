@@ -40,7 +40,7 @@ def mixture_teacher(
             token = score(policy.scorer(None), batch).token
         earlier = (token.cumsum(-1) - token).flatten()  # log pi_k(y_<t)
         before.append(earlier[_places(sheets).to(earlier.device)])
-    return next_token(torch.stack(logits), torch.stack(before), weights.to(logits[0].device))
+    return next_token(torch.stack(logits), torch.stack(before), weights.to(before[0]))
 
 
 def pool_teacher(

@@ -198,7 +198,7 @@ class Directions(NamedTuple):
 @torch.no_grad()
 def vote_directions(votes: Votes, features: Features) -> Directions:
     """What was voted for, and in which judgement."""
-    table = features(votes.rows).double().cpu()  # (J, N, D)
+    table = features(votes.rows).cpu().double()  # (J, N, D)
     row, better, worse = ordered_pairs(judgement(votes.rows).rank)
     direction = table[row, better] - table[row, worse]
     spread = direction.std(0, unbiased=False)

@@ -59,11 +59,14 @@ def batch_totals(
     A comparison counts once: with more than two responses its numbers are the mean over its
     ordered pairs. Where nothing is ranked, labels and else scores say which is better. A response
     labelled without one of the other kind beside it is chosen or rejected alone, and has no margin.
+    Sums are taken on the CPU, in float64, which not every device has.
 
     Args:
         rounding: what a change from the reference has to pass to count as one, in nats times the
             square root of the response's tokens.
     """
+    policy, judgement, losses = policy.detach().to("cpu"), judgement.to("cpu"), losses.cpu()
+    reference = None if reference is None else reference.detach().to("cpu")
     totals: Totals = {
         "loss": ((losses.double() * judgement.weight).sum().item(), float(len(losses))),
         "num_tokens": (float(policy.length.sum()), 1.0),

@@ -54,9 +54,14 @@ def starts(truth: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def accuracy(
-    given: tuple[Votes, Tensor, Tensor], start: Tensor, evidence: Evidence, ridge: float, count: int
+    given: tuple[Votes, Tensor, Tensor],
+    start: Tensor,
+    evidence: Evidence,
+    ridge: float,
+    count: int,
+    average: int,
 ) -> float:
-    """Share of annotators in their type after `count` rounds."""
+    """Share of annotators in their type after `count` rounds; E-steps average over `average`."""
     votes, truth, direction = given
 
     def fit(gamma: Tensor, number: int) -> Tensor:
@@ -68,7 +73,7 @@ def accuracy(
                 loglik[part.scored, kind] = logsigmoid(direction[part.scored] @ policy)
         return em.by_annotator(loglik, votes.annotator, PEOPLE)
 
-    *_, last = em.rounds(fit, start, count)
+    *_, last = em.rounds(em.averaged(fit, average), start, count)
     return em.type_accuracy(truth, last.belief.responsibilities)
 
 
@@ -78,6 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--ridges", type=float, nargs="+", default=[0.1, 1.0, 3.0])
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--average", type=int, default=1, help="rounds that an E-step averages")
     given = parser.parse_args()
     worlds = {seed: world(seed) for seed in given.seeds}
     for begun in ("random", "3 of 4 right"):
@@ -90,6 +96,7 @@ def main() -> None:
                         evidence,
                         ridge,
                         given.rounds,
+                        given.average,
                     )
                     for seed in given.seeds
                 ]

@@ -96,6 +96,9 @@ def collect(
             on_prompts(len(done))
         worker.wait()
         worker.led(lambda: _join(out, prompts))
+    if worker.leads:  # also where a run was killed before it came to this
+        for part in _parts(out):
+            part.unlink()
     return list(iterate(whole))
 
 
@@ -111,8 +114,6 @@ def _found(out: Path) -> set[str]:
 def _join(out: Path, prompts: Sequence[Comparison]) -> None:
     rows = {row["id"]: row for part in _parts(out) for row in read_jsonl(part)}
     write_jsonl(out / "responses.jsonl", [rows[prompt.id] for prompt in prompts])
-    for part in _parts(out):
-        part.unlink()
 
 
 def _part(out: Path, index: int) -> Path:

@@ -266,7 +266,7 @@ def judge_rows(
             whole,
             (as_row(_judged(row, of_it, judge)) for row, of_it in zip(rows, votes, strict=True)),
         )
-        part.unlink(missing_ok=True)
+    part.unlink(missing_ok=True)  # also where a run was killed before it came to this
     yield from iterate(whole)
 
 

@@ -208,8 +208,9 @@ def score_file(
             join = _join_arrow if is_columnar(source) else _join_lines
             file = join(out, [_file(parts, number) for number in range(count)])
             write_json(finished, {"file": file.name, **totals})
-            shutil.rmtree(parts)
         worker.wait()
+    if worker.leads:  # also where a run was killed before it came to this
+        shutil.rmtree(parts, ignore_errors=True)
     return read_json(finished)
 
 

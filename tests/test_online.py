@@ -193,6 +193,23 @@ def test_a_run_stopped_within_a_stage_ends_in_the_same_files(whole, model, promp
     assert files(out) == files(whole)
 
 
+def test_what_a_run_left_that_was_killed_before_it_cleared_up_goes_away(
+    whole, model, prompts, tmp_path
+):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for name in ORDER[ORDER.index("round-2/pairs.jsonl") :]:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    left = out / "round-2"
+    shutil.copyfile(left / "responses.jsonl", left / "responses.part.jsonl")
+    shutil.copyfile(left / "responses.jsonl", left / "responses.part-1.jsonl")
+    for folder in ("parts", "measured"):
+        (left / folder).mkdir()
+        (left / folder / "block-0000000.rows").write_text("what is in scored.jsonl already")
+    assert main(words(model, prompts, out, "--recipe tilted --budget 5 --resume")) == 0
+    assert files(out) == files(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", ["round-1/checkpoint/step-*/state.json", "round-2/scored.jsonl"])
 def test_a_run_killed_without_warning_ends_in_the_same_files(sign, whole, model, prompts, tmp_path):

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefloop import em
-from prefloop.mixture.rounds import Fitted, run_em
+from prefloop.mixture.rounds import WEIGHTS, Fitted, run_em
 from prefloop.mixture.steps import Steps
 from prefloop.mixture.training import MixtureTraining
 from prefloop.mixture.votes import Votes
@@ -107,6 +107,9 @@ def _candidate(
             fitted = run_em(steps, known, mixture, start, folder)
             predicted = fitted.gamma.log() + type_logliks(steps, fitted, held_out)
             steps.worker.led(partial(_keep, done, predicted.logsumexp(-1), fitted))
+        if steps.worker.leads:  # also where a run was killed before it came to this
+            for weights in folder.rglob(WEIGHTS):
+                weights.unlink()
         found = read_json(done)
         total += torch.tensor(found["predicted"], dtype=torch.float64)
         parameters = types * trained + types - 1
@@ -122,11 +125,9 @@ def _candidate(
 
 
 def _keep(done: Path, predicted: Tensor, fitted: Fitted) -> None:
-    """Write what is read of a fold; its weights go away."""
+    """Write what is read of a fold."""
     scored = {"loglik": fitted.loglik, "scored": fitted.scored}
     write_json(done, {"predicted": predicted.tolist(), **scored})
-    for number in range(1, fitted.gamma.shape[-1] + 1):
-        fitted.weights(number).unlink()
 
 
 def type_logliks(steps: Steps, fitted: Fitted, votes: Votes) -> Float[Tensor, "I K"]:

@@ -227,8 +227,9 @@ class _Work:
             if worker.leads:
                 self.steps.save(here / WEIGHTS)
                 write_tensors(done, {"loglik": found})
-                shutil.rmtree(here / "checkpoint", ignore_errors=True)
             worker.wait()
+        if worker.leads:  # also where a run was killed before it came to this
+            shutil.rmtree(here / "checkpoint", ignore_errors=True)
         return load_file(done)["loglik"]
 
 

@@ -241,10 +241,11 @@ class Online:
         self.on_stage(number, "score")
         columns = [WithReward(asking.reward)]
         score_file(folder / "responses.jsonl", folder, columns, self.worker)
+        scored = folder / "scored.jsonl"
         if not self.worker.led((folder / "selection.json").exists):
             self.on_stage(number, "select")
-            choose = Selecting(rule=asking.rule, cut=asking.cut, worker=self.worker)
-            choose(self._selected_from(folder, policy), folder)
+            scored = self._selected_from(folder, policy)
+        Selecting(rule=asking.rule, cut=asking.cut, worker=self.worker)(scored, folder)
 
     def _label(self, number: int, folder: Path) -> None:
         """What the round trains on: pairs of the selected prompts' answers, judged."""

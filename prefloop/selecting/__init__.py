@@ -65,8 +65,9 @@ class Selecting:
             self.worker.wait()
             if self.worker.leads:
                 write_json(finished, self._choose_and_write(Path(source), work, out, folder))
-                shutil.rmtree(folder)
             self.worker.wait()
+        if self.worker.leads:  # also where a run was killed before it came to this
+            shutil.rmtree(folder, ignore_errors=True)
         return read_json(finished)
 
     def _choose_and_write(

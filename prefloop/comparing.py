@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from prefloop.collecting import Draw
+from prefloop.collecting import Draw, with_answers
 from prefloop.data import Empty, Overlong, as_text, encoder, tokenize
 from prefloop.diagnostics.displacement import displacement
 from prefloop.diagnostics.ranking import ranking as order
@@ -137,13 +137,7 @@ def _answers(
     tokens = encoder(policy.tokenizer).prompts(prompts)
     mine = draw(policy, worker.share(tokens))
     answered = [
-        Comparison(
-            prompt=prompt.prompt,
-            responses=tuple(one.text for one in answers),
-            finished=tuple(one.finished for one in answers),
-            id=prompt.id,
-            place=prompt.place,
-        )
+        with_answers(prompt, answers)
         for prompt, answers in zip(worker.share(prompts), mine, strict=True)
     ]
     scores = worker.gathered([row.scores for row in score(answered, reward)] if mine else [])

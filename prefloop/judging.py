@@ -206,15 +206,9 @@ class Judge:
         for number, (place, first, second) in enumerate(asked):
             swapped = read[2 * number + 1]
             backward = None if swapped is None else OTHER[swapped]
-            asked_twice = slice(2 * number, 2 * number + 2)
-            lost = [
-                reply[:SHOWN]
-                for reply, side in zip(replies[asked_twice], read[asked_twice], strict=True)
-                if side is None
-            ]
-            votes[place].append(
-                Vote(first, second, read[2 * number], backward, lost[0] if lost else None)
-            )
+            both = (2 * number, 2 * number + 1)
+            lost = next((replies[at][:SHOWN] for at in both if read[at] is None), None)
+            votes[place].append(Vote(first, second, read[2 * number], backward, lost))
         return votes
 
     def __call__(self, rows: Sequence[Comparison], folder: Path) -> list[Comparison]:

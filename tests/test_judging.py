@@ -203,21 +203,22 @@ def responses(tmp_path):
     return path
 
 
-def test_the_command_says_how_far_the_judge_can_be_trusted(tmp_path, capsys):
-    with server(always_the_first) as (url, _):
+def said_by_the_command(judge, tmp_path, capsys) -> str:
+    with server(judge) as (url, _):
         words = f"judge --data {responses(tmp_path)} --server {url} --out {tmp_path / 'run'}"
         assert main(words.split()) == 0
-    said = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_the_command_says_how_far_the_judge_can_be_trusted(tmp_path, capsys):
+    said = said_by_the_command(always_the_first, tmp_path, capsys)
     assert "3 (100.0 %) another winner in the other order; counted as a tie" in said
     assert "100.0 % name the answer shown first" in said
     assert "next: prefloop train" in said
 
 
 def test_the_command_sends_nobody_on_with_rows_that_no_reply_judged(tmp_path, capsys):
-    with server(thinks_aloud) as (url, _):
-        words = f"judge --data {responses(tmp_path)} --server {url} --out {tmp_path / 'run'}"
-        assert main(words.split()) == 0
-    said = capsys.readouterr().out
+    said = said_by_the_command(thinks_aloud, tmp_path, capsys)
     assert "3 (100.0 %) a reply without a verdict; not judged" in said
     assert "nothing to train on" in said
     assert "prefloop train" not in said

@@ -125,8 +125,7 @@ def evaluate_by_annotator(
     accuracy = accuracy_by_annotator(types, votes, mixtures)
     for name, policy in others.items():
         own = response_logps(policy, votes.rows, worker=types.worker)
-        ratio = own - types.logps(votes.rows)[0]
-        accuracy[name] = accuracy_of(ratio, votes)
+        accuracy[name] = accuracy_of(own - types.reference_logps(votes.rows), votes)
     forms: dict[str, dict[str, Any]] = {name: {"accuracy": one} for name, one in accuracy.items()}
     people = _personal(types, gamma, found)
     for name in {**found.win_rate, "personal": None}:

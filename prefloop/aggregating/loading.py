@@ -10,7 +10,7 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 
-from prefloop.logps.layout import TOKENS, buckets
+from prefloop.logps.layout import TOKENS, by_buckets
 from prefloop.policies import Policy, load_policy
 from prefloop.policies.policy import evaluating
 from prefloop.runs import read_json, read_jsonl
@@ -62,14 +62,17 @@ class Types:
         self, rows: Sequence[Tokenized], token_budget: int = TOKENS
     ) -> Float[Tensor, "Q B N"]:
         """log pi(y|x) of each response, in nats, float64: under the reference, then each type."""
-        tables = [self._reference_logps(rows, token_budget)]
+        tables = [self.reference_logps(rows, token_budget)]
         for index in range(len(self)):
             policy = self.use(index)
             with evaluating(policy.model):
                 tables.append(response_logps(policy, rows, token_budget, self.worker))
         return torch.stack(tables)
 
-    def _reference_logps(self, rows: Sequence[Tokenized], token_budget: int) -> Tensor:
+    def reference_logps(
+        self, rows: Sequence[Tokenized], token_budget: int = TOKENS
+    ) -> Float[Tensor, "B N"]:
+        """log pi_ref(y|x) of each response, in nats, float64."""
         if not self.share_a_base:
             with evaluating(self.reference.model):
                 return response_logps(self.reference, rows, token_budget, self.worker)
@@ -125,13 +128,10 @@ def response_logps(
 ) -> Float[Tensor, "B N"]:
     """log p(y|x) of every response of `rows`, in batches; 0 where there is none."""
     scorer = policy.scorer(None)
-
-    def summed(rows: Sequence[Tokenized]) -> list[Float[Tensor, " N"]]:
-        found: list[Float[Tensor, " N"]] = [torch.empty(0)] * len(rows)
-        for part in buckets(rows, token_budget):
-            sums = score(scorer, [rows[index] for index in part]).sum.cpu().double()
-            for index, one in zip(part, sums, strict=True):
-                found[index] = one[: len(rows[index].responses)]
-        return found
-
-    return torch.nn.utils.rnn.pad_sequence(worker.mapped(summed, rows), batch_first=True)
+    summed: list[Float[Tensor, " N"]] = worker.mapped(
+        lambda mine: by_buckets(
+            lambda batch: score(scorer, batch).sum.cpu().double(), mine, token_budget
+        ),
+        rows,
+    )
+    return torch.nn.utils.rnn.pad_sequence(summed, batch_first=True)

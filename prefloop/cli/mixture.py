@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from prefloop.em import Round
     from prefloop.mixture import Fitted, MixtureTraining
     from prefloop.policies import Policy
-    from prefloop.types import Tokenized
+    from prefloop.training import Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,10 @@ class Mixture:
         refuse_divided(accelerator)
         worker = worker_of(accelerator)
         policy = self._policy(accelerator.device)
-        rows = self._rows(policy, objective)
+        prepared = self._prepared(policy, objective)
+        if worker.leads:
+            print(f"{prepared}")
+        rows = prepared.rows
         votes = Votes.of(rows)
         em = EM(
             types=self._types(len(votes.names)),
@@ -149,9 +152,7 @@ class Mixture:
             self.model, adapter=adapter, dtype=dtype, device=device, seed=self.loop.seed
         )
 
-    def _rows(self, policy: "Policy", objective: object) -> list["Tokenized"]:
-        from accelerate import PartialState
-
+    def _prepared(self, policy: "Policy", objective: object) -> "Prepared":
         from prefloop import data
         from prefloop.mixture import with_annotators
         from prefloop.training import Handling, prepare
@@ -164,10 +165,7 @@ class Mixture:
             empty=data.Empty(self.empty),
         )
         named = with_annotators(found, self.annotator_missing)
-        prepared = prepare(named, policy, objective, handling)  # pyright: ignore[reportArgumentType] - checked before
-        if PartialState().is_main_process:
-            print(f"{prepared}")
-        return prepared.rows
+        return prepare(named, policy, objective, handling)  # pyright: ignore[reportArgumentType] - checked before
 
 
 def _say_round(done: "Round") -> None:

@@ -5,7 +5,7 @@ from prefloop.logps.check import random_state_kept
 from prefloop.logps.distinct import Distinct, distinct, logps_once
 from prefloop.logps.embedded import EmbeddedScorer
 from prefloop.logps.head import chunked, exact
-from prefloop.logps.layout import TOKENS, buckets
+from prefloop.logps.layout import TOKENS, buckets, by_buckets
 from prefloop.logps.scorer import Scorer, hidden_sums, logps_and_hidden_sums, verify
 from prefloop.logps.sharing import shared_logps
 from prefloop.logps.ways import FullLogits, Masked, OneARow, PrefixShared
@@ -21,6 +21,7 @@ __all__ = [
     "PrefixShared",
     "Scorer",
     "buckets",
+    "by_buckets",
     "cached_reference",
     "chunked",
     "distinct",

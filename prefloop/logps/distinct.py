@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prefloop.logps.layout import buckets, response_mask, table_shape
+from prefloop.logps.layout import buckets, by_buckets, response_mask, table_shape
 from prefloop.types import Logps, Tokenized, score
 
 Tokens = tuple[int, ...]
@@ -91,11 +91,9 @@ def logps_once(
         token_budget: tokens of one forward pass.
     """
     once = distinct(rows, token_budget)
-    token: list[Float[Tensor, "N T"]] = [torch.empty(0)] * len(once.rows)
-    for part in buckets(once.rows, token_budget):
-        found = score(scorer, [once.rows[index] for index in part]).token.float().cpu()
-        for index, answers in zip(part, found, strict=True):
-            token[index] = answers
+    token: list[Float[Tensor, "N T"]] = by_buckets(
+        lambda batch: score(scorer, batch).token.float().cpu(), once.rows, token_budget
+    )
     for part in buckets(rows, token_budget):
         batch = [rows[index] for index in part]
         table = torch.zeros(table_shape(batch))

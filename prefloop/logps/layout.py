@@ -73,6 +73,20 @@ def buckets(
     return [order[start:end] for start, end in pairwise(cuts)]
 
 
+def by_buckets(
+    work: Callable[[Sequence[Tokenized]], Tensor], rows: Sequence[Tokenized], token_budget: int
+) -> list[Tensor]:
+    """What `work` makes of `rows`, a bucket at a time: an entry each, in the order of the rows.
+
+    An entry is as wide as its bucket's largest row.
+    """
+    found = [torch.empty(0)] * len(rows)
+    for part in buckets(rows, token_budget):
+        for index, one in zip(part, work([rows[index] for index in part]), strict=True):
+            found[index] = one
+    return found
+
+
 def _best_cuts(sizes: list[tuple[int, int]], token_budget: int, padded: bool) -> list[int]:
     """Borders of the cheapest partition into runs; `sizes` are (longest row, tokens), ascending."""
     costs = [0]  # of the first k comparisons; starts: where their last run begins

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefloop import em
-from prefloop.logps import buckets, distinct, hidden_sums
+from prefloop.logps import by_buckets, distinct, hidden_sums
 from prefloop.logps.layout import response_mask
 from prefloop.mixture.rounds import RESPONSIBILITIES, ROUNDS, Fitted, Mixture, run_em
 from prefloop.mixture.sections import mixture_section
@@ -103,17 +103,13 @@ class MixtureTraining:
         """Mean last hidden state of each response under the policy, and the log of its length."""
         scorer, budget = self.policy.scorer(None), self.settings.token_budget
         once = distinct(rows, budget)
-
-        def sums(rows: Sequence[Tokenized]) -> list[Float[Tensor, "N D"]]:
-            found: list[Float[Tensor, "N D"]] = [torch.empty(0)] * len(rows)
-            for part in buckets(rows, budget):
-                states = hidden_sums(scorer, [rows[index] for index in part]).cpu()
-                for index, one in zip(part, states, strict=True):
-                    found[index] = one
-            return found
-
         with evaluating(self.policy.model):
-            summed = worker_of(self.accelerator).mapped(sums, once.rows)
+            summed: list[Float[Tensor, "N D"]] = worker_of(self.accelerator).mapped(
+                lambda mine: by_buckets(
+                    lambda batch: hidden_sums(scorer, batch).cpu(), mine, budget
+                ),
+                once.rows,
+            )
         states = torch.nn.utils.rnn.pad_sequence(summed, batch_first=True)[once.row, once.place]
         length = response_mask(rows).sum(-1, keepdim=True)  # (B, N, 1)
         return torch.cat([states / length.clamp(min=1), length.clamp(min=1).log()], -1)
